@@ -1,0 +1,175 @@
+"""DINOv2: the vision transformer that is CapeLLM's eye (Oquab et al., 2024; with registers: Darcet et al., 2024).
+
+    photo (224 x 224) -> 16 x 16 patches -> [class token, (registers,) patches] + positions
+                      -> [ x + ls1 * attention(norm1(x)) -> x + ls2 * mlp(norm2(x)) ] * n_layers -> norm -> the patch tokens
+
+Reads the hub's files (facebook/dinov2-large and its sisters) and files with the names of the original release. q, k and v are
+separate layers here, since LoRA goes on q and v. Letters: B photos, N patches, T tokens, D width, H heads.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama import InputError, load_weights, read_json
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The defaults are DINOv2 ViT-L/14; names as in config.json."""
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    mlp_ratio: float = 4
+    layer_norm_eps: float = 1e-6
+    image_size: int = 518
+    patch_size: int = 14
+    use_swiglu_ffn: bool = False
+    num_register_tokens: int = 0
+
+    @classmethod
+    def from_json(cls, path):
+        raw = read_json(path)
+        if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
+            raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 or dinov2_with_registers")
+        return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_heads = c.num_attention_heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, H, T, D/H) -> (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.fc1 = nn.Linear(c.hidden_size, int(c.hidden_size * c.mlp_ratio))
+        self.fc2 = nn.Linear(int(c.hidden_size * c.mlp_ratio), c.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """The MLP of ViT-g: two thirds of the usual width, rounded up to a multiple of 8, since it has three matrices."""
+
+    def __init__(self, c):
+        super().__init__()
+        width = (int(int(c.hidden_size * c.mlp_ratio) * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(c.hidden_size, 2 * width)
+        self.w3 = nn.Linear(width, c.hidden_size)
+
+    def forward(self, x):
+        gate, up = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * up)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(c.hidden_size))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.attn = Attention(c)
+        self.ls1 = LayerScale(c)
+        self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.mlp = SwiGLU(c) if c.use_swiglu_ffn else MLP(c)
+        self.ls2 = LayerScale(c)
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Names of modules as in the original release, but for q, k and v."""
+
+    def __init__(self, config=ViTConfig()):
+        super().__init__()
+        self.config = config
+        D, p = config.hidden_size, config.patch_size
+        self.patch_embed = nn.Conv2d(3, D, kernel_size=p, stride=p)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, D)) if config.num_register_tokens else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // p) ** 2, D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(D, config.layer_norm_eps)
+
+    def forward(self, images):
+        """Normalised photos (B, 3, h, w), h and w multiples of the patch -> patch tokens (B, N, D), row by row."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = torch.cat((self.cls_token.expand(len(images), -1, -1), patches), dim=1) + self.pos_embed  # (B, 1 + N, D)
+        if self.register_tokens is not None:  # they have no position
+            x = torch.cat((x[:, :1], self.register_tokens.expand(len(images), -1, -1), x[:, 1:]), dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, 1 + self.config.num_register_tokens:]
+
+    @torch.no_grad()
+    def resize_positions(self, image_size):
+        """Fits the position table, learned for config.image_size pixels (518: 37 x 37 patches), to photos of another size.
+
+        Kept as the original release does it, to which the weights were evaluated: bicubic, with a scale factor of (n + 0.1) / 37
+        (an old guard against a rounding error of floor) and no antialiasing; models with registers use size and antialiasing.
+        """
+        old, new = self.config.image_size // self.config.patch_size, image_size // self.config.patch_size
+        if old == new:
+            return
+        cls, table = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        table = table.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, 37, 37)
+        if self.config.num_register_tokens:
+            table = F.interpolate(table, size=(new, new), mode="bicubic", antialias=True)
+        else:
+            table = F.interpolate(table, scale_factor=((new + 0.1) / old,) * 2, mode="bicubic")
+        table = table.permute(0, 2, 3, 1).flatten(1, 2).to(cls.dtype)
+        self.pos_embed = nn.Parameter(torch.cat((cls, table), dim=1))
+
+    @classmethod
+    def load(cls, directory, image_size=224, dtype=torch.float32, device="cpu"):
+        """Reads DIR/config.json and DIR/model.safetensors. InputError names the file and tensor at fault."""
+        config = ViTConfig.from_json(Path(directory) / "config.json")
+        if image_size % config.patch_size:
+            raise InputError(f"image size {image_size} is not a multiple of the patch size {config.patch_size} of {directory}")
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, directory, rename, dtype, device)
+        model.resize_positions(image_size)
+        return model
+
+
+# The hub's names -> the original release's, applied in this order.
+RENAMES = [
+    ("embeddings.patch_embeddings.projection.", "patch_embed."), ("embeddings.position_embeddings", "pos_embed"), ("embeddings.", ""),
+    ("encoder.layer.", "blocks."), ("attention.attention.query", "attn.q"), ("attention.attention.key", "attn.k"),
+    ("attention.attention.value", "attn.v"), ("attention.output.dense", "attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"),
+    ("layer_scale2.lambda1", "ls2.gamma"), ("mlp.weights_in", "mlp.w12"), ("mlp.weights_out", "mlp.w3"), ("layernorm.", "norm."),
+    ("patch_embed.proj.", "patch_embed."),
+]
+
+
+def rename(key):
+    """A tensor's name in a file -> its names here: one, none for the unused mask token, three for the fused qkv."""
+    for theirs, ours in RENAMES:
+        key = key.replace(theirs, ours)
+    if key == "mask_token":
+        return []
+    return [key.replace("attn.qkv", f"attn.{x}") for x in "qkv"] if "attn.qkv" in key else [key]
