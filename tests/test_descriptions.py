@@ -17,8 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RENAMED = "animal_body_renamed"  # the same 17 points under other names, to see whether a model reads the names or has learnt them by heart
-MEANS_AT_LEAST, CASES_AT_LEAST = 0.97, 0.85  # of the claims, for all sets together
-SET_MEANS_AT_LEAST, SET_CASES_AT_LEAST = 0.95, 0.80  # and for each one
+MEANS_AT_LEAST, CASES_AT_LEAST = 1.0, 0.95  # the share of a set's claims that are true of its mean layout, and of its single annotations
 
 
 # ---- the texts ----
@@ -173,11 +172,11 @@ class Geometry:
     def on_means(self, claim):
         return bool(holds(claim, self.measured if claim.kind in ("left", "right") else self.layout, self.own_left))
 
-    def on_annotations(self, claim):
+    def on_annotations(self, claim, all_poses=False):
         """One truth value for every upright annotation that shows all points of the claim (and, for sides, is frontal)."""
-        use = self.upright & self.seen[:, [claim.subject, *claim.others]].all(1)
-        if claim.kind in ("left", "right"):
-            use &= self.frontal
+        use = self.seen[:, [claim.subject, *claim.others]].all(1)
+        if not all_poses:
+            use &= self.upright & (self.frontal | (claim.kind not in ("left", "right")))
         return holds(claim, self.points[use], self.own_left, self.seen[use], tie=1.1)
 
 
@@ -199,13 +198,14 @@ def geometry(shared, keypoint_sets):
     return found | {RENAMED: found["animal_body"]}
 
 
-def share_on_means(sets, geometry, kinds=tuple({*KINDS.values(), "between"})):
+def share_on_means(sets, geometry, kinds):
     return np.mean([geometry[s].on_means(c) for s, keypoints in sets.items() for c in claims_of(keypoints) if c.kind in kinds])
 
 
 # ---- tests: form ----
 
 def test_every_category_and_keypoint_is_there(texts, shared):
+    """Category ids and, in the sets, the order of the keypoints are the annotations' own."""
     categories = json.loads((shared / "mp100/categories.json").read_text(encoding="utf-8"))
     assert len(categories) == 100 and set(texts["categories"]) == {str(c["id"]) for c in categories}
     for c in categories:
@@ -236,23 +236,26 @@ def test_descriptions(all_sets):
             words.append(len(k["description"].split()))
             wrong = [f"{words[-1]} words"] if not 15 <= words[-1] <= 45 else []
             wrong += ["fewer than two other keypoints mentioned"] if len(mentioned - {i}) < 2 else []
+            wrong += ["fewer than two claims"] if len(claims) < 2 else []
             wrong += ["a claim about itself"] if any(i in c.others for c in claims) else []
             wrong += [f"no name of the set after {x!r}" for x in loose]
             wrong += ["used twice in the set"] if (set_name, k["description"]) in seen else []
             wrong += ["keys"] if set(k) != {"name", "description"} else []
             seen.add((set_name, k["description"]))
             problems += [f"{set_name}, {k['name']}: {w}" for w in wrong]
-        if len(claims_of(keypoints)) < 2 * len(keypoints):
-            problems.append(f"{set_name}: fewer than two claims per description")
     print(f"{len(words)} descriptions of {min(words)} to {max(words)} words, {np.mean(words):.1f} on average")
     assert not problems, "\n".join(problems)
 
 
-def test_left_and_right_are_mirror_images(all_sets, keypoint_sets):
+def test_left_and_right_are_mirror_images(all_sets):
     for set_name, keypoints in all_sets.items():
         sided = {k["name"]: k["description"].lower() for k in keypoints if mirrored(k["name"]) != k["name"]}
         for name, description in sided.items():
             assert sided.get(mirrored(name)) == mirrored(description), f"{set_name}, {name}"
+
+
+def test_sides_are_the_data_s(all_sets, keypoint_sets):
+    for set_name, keypoints in all_sets.items():
         for pair in keypoint_sets[set_name.removesuffix("_renamed")]["pairs"]:
             left, right = keypoints[pair["left"]]["name"], keypoints[pair["right"]]["name"]
             assert "left" in left.split() and mirrored(left) == right, f"{set_name}: {left} / {right}"
@@ -270,24 +273,26 @@ def test_questions_are_short(all_sets, shared):
 # ---- tests: truth ----
 
 def test_claims_are_true(all_sets, geometry):
+    Row = namedtuple("Row", "share true cases good set points claims means upright all_poses")
     rows, false = [], []
     for set_name, keypoints in all_sets.items():
-        g, claims = geometry[set_name], claims_of(keypoints)
-        means = [g.on_means(c) for c in claims]
+        g, claims, names = geometry[set_name], claims_of(keypoints), [k["name"] for k in keypoints]
+        means = np.array([g.on_means(c) for c in claims])
         cases = np.concatenate([g.on_annotations(c) for c in claims])
-        names = [k["name"] for k in keypoints]
-        false += [f"{set_name}: {names[c.subject]} {c.kind} {' and '.join(names[i] for i in c.others)}" for c, ok in zip(claims, means) if not ok]
-        rows.append((cases.mean(), np.mean(means), set_name, len(keypoints), len(claims), sum(means), cases.size, cases.sum(), g.upright.mean()))
-    print("\nset, worst first         points claims  each   means annotations    cases  upright")
-    for share, mean, set_name, k, n, _, cases, _, upright in sorted(rows):
-        print(f"{set_name:24s} {k:6d} {n:6d} {n / k:5.2f} {mean:7.1%} {share:11.1%} {cases:8d} {upright:8.0%}")
-    _, _, _, k, n, true, cases, good, _ = (sum(column) if i != 2 else "" for i, column in enumerate(zip(*rows)))
-    print(f"{'all':24s} {k:6d} {n:6d} {n / k:5.2f} {true / n:7.1%} {good / cases:11.1%} {cases:8d}", "false of the means:", *false, sep="\n  ")
-    assert n >= 2 * k
-    assert true / n >= MEANS_AT_LEAST and good / cases >= CASES_AT_LEAST
-    for share, mean, set_name, *_ in rows:
-        assert mean >= SET_MEANS_AT_LEAST and (share >= SET_CASES_AT_LEAST or set_name == "hand"), set_name
-    assert np.mean([g.upright.mean() for name, g in geometry.items() if name != "hand"]) > 0.9  # the filter does not decide the outcome
+        all_poses = np.concatenate([g.on_annotations(c, all_poses=True) for c in claims]).mean()
+        false += [f"  {set_name}: {names[c.subject]} {c.kind} {' and '.join(names[i] for i in c.others)}" for c, ok in zip(claims, means) if not ok]
+        rows.append(Row(cases.mean(), means.sum(), cases.size, cases.sum(), set_name, len(names), len(claims), means.mean(), g.upright.mean(), all_poses))
+
+    print("\nset, worst first         points claims  each   means annotations    cases  upright  any pose")
+    for r in sorted(rows):
+        print(f"{r.set:24s} {r.points:6d} {r.claims:6d} {r.claims / r.points:5.2f} {r.means:7.1%}"
+              f" {r.share:11.1%} {r.cases:8d} {r.upright:8.0%} {r.all_poses:9.1%}")
+    points, claims, true, cases, good = (sum(getattr(r, f) for r in rows if r.set != RENAMED) for f in ("points", "claims", "true", "cases", "good"))
+    print(f"{'all but the renamed':24s} {points:6d} {claims:6d} {claims / points:5.2f} {true / claims:7.1%} {good / cases:11.1%} {cases:8d}")
+    print(f"false of the means: {len(false)}", *false, sep="\n")
+    failed = [r.set for r in rows if r.means < MEANS_AT_LEAST or (r.share < CASES_AT_LEAST and r.set != "hand")]  # of hands there are too few
+    assert not failed
+    assert np.mean([r.upright for r in rows if r.set != "hand"]) > 0.9  # leaving out other poses does not decide the outcome
 
 
 @pytest.mark.parametrize("kinds, a, b", [(("above", "below"), "above", "below"), (("left", "right"), "to the left of", "to the right of")])
@@ -343,7 +348,7 @@ def test_reader_names_and_loose_relations():
     ("nose", "above the chin", "above the left eye"),
     ("nose", "below the left eye", "below the chin"),
     ("left eye", "to the left of the nose", "to the left of the inner left eye corner and the chin, to the right of the nose"),
-    ("nose", "between the left eye and the right eye", "between the right eye and the chin and the left eyebrow"),
+    ("nose", "between the left eye and the right eye", "between the left eye and the inner left eye corner"),
     ("left eye", "nearest to the inner left eye corner", "nearest to the left eyebrow"),
 ])
 def test_judge(subject, true, false):
@@ -353,8 +358,8 @@ def test_judge(subject, true, false):
     assert judge(false) and not all(judge(false))
 
 
-def test_judge_without_sides_knows_no_left():
-    assert not holds(Claim("left", 0, (1,)), FACE_XY, None) and not holds(Claim("right", 0, (1,)), FACE_XY, None)
+def test_no_sides_no_left():
+    assert not any(holds(Claim(side, 0, (1,)), FACE_XY, None) for side in ("left", "right"))
 
 
 def test_nearest_is_among_the_visible():

@@ -1,0 +1,314 @@
+"""MP-100 and the text of CapeLLM: objects, crops, keypoint groups, conversations (paper sections 3.2 and 3.3).
+
+    data/mp100/annotations/mp100_split{1..5}_{train,val,test}.json      COCO style: images, annotations, categories
+    data/mp100/images/<file_name>
+    descriptions.json                                                   name and description of every keypoint
+
+An object is one annotated animal, garment or thing. Its square crop is what the network sees; coordinates in questions and
+answers are fractions of that crop, x to the right, y down. Points are always (x, y), sizes (width, height), in pixels of the photo.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from llama import InputError, read_json
+
+IGNORE = -100  # the label of a token that is not supervised
+
+
+# ----------------------------------------------------------------------------------------------------------- annotations
+
+
+@dataclass(frozen=True)
+class Category:
+    name: str
+    keypoints: list  # of (name, description), in the order of the annotations
+
+
+@dataclass(frozen=True)
+class Object:
+    id: int  # of the annotation
+    category: int
+    photo: str  # file name below images/
+    box: tuple  # x, y, width, height, clipped to the photo
+    keypoints: np.ndarray  # (K, 2)
+    visible: np.ndarray  # (K,) bool, hidden but labelled points count as visible
+
+
+def read_descriptions(path):
+    """descriptions.json -> {category id: Category}. InputError says which entry is wrong."""
+    raw, categories = read_json(path), {}
+    try:
+        for id, entry in raw["categories"].items():
+            points = raw["keypoint_sets"][entry["keypoint_set"]]
+            categories[int(id)] = Category(entry["name"], [(p["name"], p["description"]) for p in points])
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise InputError(f"{path}: entry {e} is missing or not as README's \"Your own data\" shows") from None
+    return categories
+
+
+def read_objects(path, categories):
+    """An annotation file -> its objects, photo by photo. categories as from read_descriptions().
+
+    Left out, as in the published code: crowds, objects without area or keypoints, and those whose clipped box is empty.
+    """
+    raw = read_json(path)
+    try:
+        annotations = {}
+        for a in raw["annotations"]:
+            annotations.setdefault(a["image_id"], []).append(a)
+        objects = []
+        for photo in raw["images"]:
+            for a in annotations.get(photo["id"], []):
+                x1, y1 = max(0, a["bbox"][0]), max(0, a["bbox"][1])
+                x2 = min(photo["width"] - 1, x1 + max(0, a["bbox"][2] - 1))
+                y2 = min(photo["height"] - 1, y1 + max(0, a["bbox"][3] - 1))
+                points = np.array(a["keypoints"], dtype=np.float64).reshape(-1, 3)
+                if a.get("iscrowd") or a.get("area", 1) <= 0 or x2 <= x1 or y2 <= y1 or not points.any():
+                    continue
+                if not (np.isfinite(points).all() and math.isfinite(x1 + y1 + x2 + y2)):
+                    raise InputError(f"{path}: annotation {a['id']} has a coordinate that is not a number")
+                if a["category_id"] not in categories:
+                    raise InputError(f"{path}: category {a['category_id']} has no descriptions; add it to the descriptions file")
+                if len(points) != (K := len(categories[a["category_id"]].keypoints)):
+                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints, but "
+                                     f"{categories[a['category_id']].name} has {K} descriptions")
+                objects.append(Object(a["id"], a["category_id"], photo["file_name"], (x1, y1, x2 - x1, y2 - y1),
+                                      points[:, :2], points[:, 2] > 0))
+    except (KeyError, TypeError, ValueError, IndexError) as e:
+        raise InputError(f"{path}: not an MP-100 annotation file ({type(e).__name__}: {e})") from None
+    return objects
+
+
+def existing_photos(objects, root, categories, allow_missing):
+    """The objects whose photo is there and has a readable header. InputError lists the others by category, unless allowed."""
+    readable = {}
+    for photo in {o.photo for o in objects}:
+        try:
+            Image.open(Path(root, "images", photo)).close()
+            readable[photo] = True
+        except OSError:
+            readable[photo] = False
+    report_missing([o for o in objects if not readable[o.photo]], root, categories, allow_missing)
+    return [o for o in objects if readable[o.photo]]
+
+
+def report_missing(objects, root, categories, allow_missing):
+    if objects and not allow_missing:
+        counts = Counter(categories[o.category].name for o in objects)
+        raise InputError(f"{root}/images: photos of {len(objects)} objects are missing or unreadable "
+                         f"({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. {objects[0].photo}; "
+                         "complete the folder or leave them out with --allow-missing")
+
+
+# ----------------------------------------------------------------------------------------------------------------- crops
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of the photo, turned by `angle` (radians, clockwise on the screen) about its centre."""
+
+    x: float
+    y: float
+    side: float
+    angle: float = 0.0
+
+    @property
+    def rotation(self):
+        c, s = math.cos(self.angle), math.sin(self.angle)
+        return np.array([[c, -s], [s, c]])
+
+    def from_photo(self, points):
+        """Pixels of the photo (..., 2) -> fractions of the crop (..., 2)."""
+        return (points - (self.x, self.y)) @ self.rotation / self.side + 0.5
+
+    def to_photo(self, points):
+        """The inverse of from_photo()."""
+        return (np.asarray(points) - 0.5) * self.side @ self.rotation.T + (self.x, self.y)
+
+    def cut(self, path, size):
+        """Reads a photo -> its crop, uint8 (3, size, size), black outside the photo. InputError if it cannot be read.
+
+        Large photos are first read at 1/2, 1/4 or 1/8 (JPEG) or averaged over whole blocks (others), always to at least twice
+        the size wanted, so nothing is lost. EXIF rotation is ignored: MP-100's points were made on unrotated pixels.
+        """
+        try:
+            with Image.open(path) as photo:
+                width = photo.width
+                photo.draft(None, [math.ceil(2 * size / self.side * n) for n in photo.size])
+                photo.load()
+                shrink = round(width / photo.width)
+                if photo.mode.startswith("I"):  # 16 bits a pixel: PIL would clip instead of scale
+                    photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
+                photo = photo.convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+            raise InputError(f"{path}: not a readable photo ({e})") from None
+        if (blocks := int(self.side / shrink / (2 * size))) > 1:
+            photo, shrink = photo.reduce(blocks), shrink * blocks
+        n = max(size, round(self.side / shrink))  # first about one pixel per pixel, then down with antialiasing
+        origin = self.to_photo((0.0, 0.0)) / shrink
+        step = self.rotation * (self.side / shrink / n)
+        affine = (*step[0], origin[0], *step[1], origin[1])
+        square = photo.transform((n, n), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+        square = square.resize((size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def crop_of(object, scale=1.0, angle=0.0):
+    """The square around the object's box whose side is the box's longer side."""
+    x, y, w, h = object.box
+    return Crop(x + w / 2, y + h / 2, max(w, h) * scale, angle)
+
+
+def normalize(images):
+    """uint8 (B, 3, h, w) -> float32 with ImageNet's mean and standard deviation, on the images' device."""
+    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], device=images.device)[:, None, None]
+    return (images / 255 - mean) / std
+
+
+# --------------------------------------------------------------------------------------------------------- conversations
+
+
+class Chat:
+    """Conversations as tokens, with the tokenizer of the LLM at hand.
+
+        BOS | image tokens | "\\n" | User: where is the {name}? ... Assistant: | [0.123,0.456] EOS | User: ...
+
+    Ids are made piece by piece and joined: tokenised in one go, "]" and what follows would fuse into other tokens.
+    """
+
+    def __init__(self, directory):
+        path = Path(directory) / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises nothing more specific
+            raise InputError(f"{path}: not a readable tokenizer.json ({e})") from None
+        config = read_json(Path(directory) / "config.json")
+        self.bos, eos = config["bos_token_id"], config["eos_token_id"]
+        self.eos = eos[0] if isinstance(eos, list) else eos
+        # SentencePiece tokenizers put a space before any text, which is the one our pieces bring along
+        self.adds_space = self.tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
+        self.newline = self.encode("\n")
+        # What all answers share, up to the last digit: a token, or None where digits stand. Llama-3 has a token for each
+        # three-digit number, so " [" "0" "." None "," "0" "." None; others spell digits one by one: None None None.
+        answers = [self.answer(v / 1000, v / 1000)[:-1] for v in range(1000)]
+        columns = [sorted(set(column)) for column in zip(*answers)]
+        self.template = [column[0] if len(column) == 1 else None for column in columns]
+        while self.template[-1] is not None:
+            self.template.pop()
+        if len(set(map(len, answers))) > 1:  # numbers split at random places: nothing is known beforehand
+            self.template = [None] * max(map(len, answers))
+        self.digits = sorted({token for column in columns if len(column) > 1 for token in column})
+
+    def encode(self, text):
+        return self.tokenizer.encode(text.removeprefix(" ") if self.adds_space else text, add_special_tokens=False).ids
+
+    def question(self, name, description):
+        return self.encode(f"User: where is the {name}?\nReference: {description}\nAssistant:")
+
+    def answer(self, x, y):
+        """Fractions of the crop -> " [0.123,0.456]" and the end token. Clamped to 0.000 ... 0.999."""
+        x, y = (min(max(round(1000 * v), 0), 999) for v in (x, y))
+        return self.encode(f" [0.{x:03d},0.{y:03d}]") + [self.eos]
+
+    def draft(self, answer):
+        """The tokens sure to follow the beginning of an answer: up to the next digit, none if it has left the template."""
+        if any(known not in (None, token) for known, token in zip(self.template, answer)):
+            return []
+        rest = self.template[len(answer):]
+        return rest[:rest.index(None)]
+
+    def parse(self, ids):
+        """The tokens of an answer up to the last digit -> (x, y), or None if they are no coordinates."""
+        match = re.match(r"\s*\[(0\.\d{3}|1\.000),(0\.\d{3}|1\.000)(?!\d)", self.tokenizer.decode(ids))
+        return (float(match[1]), float(match[2])) if match else None
+
+    def conversation(self, rounds):
+        """[((name, description), (x, y)), ...] -> ids and labels: two lists of equal length, BOS first, without the image."""
+        ids = [self.bos, *self.newline]
+        labels = [IGNORE] * len(ids)
+        for (name, description), (x, y) in rounds:
+            question, answer = self.question(name, description), self.answer(x, y)
+            ids += question + answer
+            labels += [IGNORE] * len(question) + answer
+        return ids, labels
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation to train on: an object, its crop, and the indices of the keypoints asked."""
+
+    object: Object
+    crop: Crop
+    keypoints: list
+
+
+def group_keypoints(n, k, rng):
+    """Shuffles 0..n-1 and cuts into groups of k; a short last group is filled with others drawn at random (section 3.3)."""
+    order = rng.permutation(n).tolist()
+    *full, last = [order[i:i + k] for i in range(0, n, k)]
+    others = order[:n - len(last)]
+    last += rng.choice(others, min(k - len(last), len(others)), replace=False).tolist() if others else []
+    return [*full, last]
+
+
+def plan_epoch(objects, seed, epoch, rounds):
+    """All examples of an epoch in the order of training, drawn from (seed, epoch, object) alone.
+
+    Each gets its own augmentation: side x N(1, 0.3) within 0.7 ... 1.3, turned by up to 40 degrees half of the time.
+    Keypoints that are hidden or fall outside the crop are not asked; an example with none left is dropped.
+    """
+    examples = []
+    for i, o in enumerate(objects):
+        rng = np.random.default_rng((seed, epoch, i))
+        for group in group_keypoints(len(o.keypoints), rounds, rng):
+            scale = np.clip(rng.normal(1, 0.3), 0.7, 1.3)
+            angle = math.radians(rng.uniform(-40, 40)) if rng.random() < 0.5 else 0.0
+            crop = crop_of(o, scale, angle)
+            where = crop.from_photo(o.keypoints[group])
+            inside = o.visible[group] & ((where >= 0) & (where < 1)).all(axis=1)
+            if inside.any():
+                examples.append(Example(o, crop, [k for k, ok in zip(group, inside) if ok]))
+    order = np.random.default_rng((seed, epoch)).permutation(len(examples))
+    return [examples[i] for i in order]
+
+
+class TrainingSet(torch.utils.data.Dataset):
+    """Examples -> {"image": uint8 (3, size, size), "tokens": list, "labels": list}."""
+
+    def __init__(self, examples, categories, chat, root, size):
+        self.examples, self.categories, self.chat, self.root, self.size = examples, categories, chat, root, size
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        e = self.examples[i]
+        texts = self.categories[e.object.category].keypoints
+        where = e.crop.from_photo(e.object.keypoints)
+        tokens, labels = self.chat.conversation([(texts[k], where[k]) for k in e.keypoints])
+        return {"image": e.crop.cut(Path(self.root, "images", e.object.photo), self.size), "tokens": tokens, "labels": labels}
+
+
+def collate(examples):
+    """A micro-batch -> images uint8 (B, 3, size, size), tokens and labels (B, T). Padded on the right, where the causal
+    attention of real tokens never looks."""
+    T = max(len(e["tokens"]) for e in examples)
+    tokens = torch.zeros(len(examples), T, dtype=torch.long)
+    labels = torch.full((len(examples), T), IGNORE)
+    for b, e in enumerate(examples):
+        tokens[b, :len(e["tokens"])] = torch.tensor(e["tokens"])
+        labels[b, :len(e["labels"])] = torch.tensor(e["labels"])
+    return torch.stack([e["image"] for e in examples]), tokens, labels

@@ -1,0 +1,152 @@
+"""CapeLLM: DINOv2 sees, a linear layer translates, LLaMA-3.1 reads the question and answers with coordinates (paper, section 3).
+
+    photo ----> ViT ----> projection ----+
+                                         v
+    BOS embedding, [ 256 image tokens ], embeddings of "\\n", question, answer ... ----> Llama ----> next token at each position
+
+forward() is the training loss; locate() answers questions. Letters: P photos, R rows (one question each), B conversations,
+T tokens of text, N image tokens, D width of the LLM.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama import Llama
+from lora import add_lora
+from vit import ViT
+
+
+class CapeLLM(nn.Module):
+    def __init__(self, vit, llama):
+        super().__init__()
+        self.vit = vit
+        self.llama = llama
+        self.projection = nn.Linear(vit.config.hidden_size, llama.config.hidden_size)  # trained from scratch, kept in fp32
+
+    @classmethod
+    def load(cls, vit_directory, llm_directory, image_size=224, tune_vit="lora", tune_llm="lora", device="cpu"):
+        """Published weights with fresh adapters. tune_*: "frozen", "lora" (the paper) or "full"; only what is tuned requires grad.
+
+        Frozen weights are bf16 on a GPU and fp32 elsewhere; what trains is always fp32.
+        """
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        vit = ViT.load(vit_directory, image_size, torch.float32 if tune_vit == "full" else dtype, device)
+        llama = Llama.load(llm_directory, torch.float32 if tune_llm == "full" else dtype, device)
+        for network, tune, names in (vit, tune_vit, ("q", "v")), (llama, tune_llm, ("q_proj", "v_proj")):
+            network.requires_grad_(tune == "full")
+            if tune == "lora":
+                add_lora(network, names)
+        return cls(vit, llama).to(device)
+
+    def see(self, images):
+        """Normalised photos (P, 3, h, w) -> image tokens (P, N, D) (equation 2)."""
+        features = self.vit(images.to(self.vit.pos_embed.dtype))
+        dtype = self.llama.norm.weight.dtype
+        return F.linear(features.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
+
+    def forward(self, images, tokens, labels):
+        """The training loss of conversations, one photo each.
+
+        images (B, 3, h, w) normalised; tokens (B, T) with BOS first, padded on the right; labels (B, T), negative where a token
+        is not to be learned. Cross-entropy, averaged over the labels of a conversation and then over conversations.
+        """
+        image = self.see(images)
+        text = self.llama.embed_tokens(tokens)
+        hidden, _ = self.llama(torch.cat((text[:, :1], image, text[:, 1:]), dim=1))  # (B, N + T, D)
+        N, learned = image.shape[1], labels[:, 1:] >= 0
+        # Position N + j holds token j and predicts token j + 1. Logits only where there is something to learn: one position
+        # costs a product with the whole vocabulary, and nine in ten are questions and photo.
+        logits = self.llama.lm_head(hidden[:, N:-1][learned])
+        losses = F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="none")
+        share = 1 / learned.sum(dim=1, keepdim=True).expand_as(learned)[learned]
+        return (losses * share).sum() / len(labels)
+
+    @torch.no_grad()
+    def locate(self, images, questions, chat, constrained=False):
+        """Asks each photo its questions. images (P, 3, h, w) normalised; questions: for each photo a list of token lists.
+
+        -> for each photo a list of (ids, confidence), one per question: the tokens that greedy decoding gives, up to the last
+        digit of y, and the probability of the digits chosen, among digits.
+
+        Greedy decoding one token at a time would take a dozen passes, yet most tokens of an answer, " [0." and ",0.", are known
+        beforehand. They are fed along as a draft; the logits of that same pass tell whether the model would have said so. Where
+        it would not, its own token is taken, the rest of the draft is struck from the cache, and the row goes on token by token.
+        With a tokenizer that has all three-digit numbers this makes three passes: photo, questions -> x, ",0." -> y.
+        `constrained` accepts every draft and chooses among digits only, so that no answer is malformed.
+        """
+        photo_of = [p for p, asked in enumerate(questions) for _ in asked]
+        rows = Rows(self.llama, self.read_photos(images, chat), photo_of)
+        digits = torch.tensor(chat.digits, device=images.device)
+        answers, confidence = [[] for _ in photo_of], [1.0] * len(photo_of)
+        active = list(range(len(photo_of)))  # which answers the rows belong to
+        drafts = [chat.draft([]) for _ in active]
+        blocks = [question + draft for question, draft in zip(sum(questions, []), drafts)]
+        while active:
+            hidden = rows.extend(blocks)  # (R, T, D)
+            # a block that ends in a draft of n tokens yields n + 1 predictions of use: n that check it and a new one
+            places = [(r, t) for r, (b, d) in enumerate(zip(blocks, drafts)) for t in range(len(b) - len(d) - 1, len(b))]
+            logits = self.llama.lm_head(hidden[tuple(zip(*places))]).float()  # (places, vocabulary)
+            p, best = logits[:, digits].softmax(-1).max(-1)
+            told = list(zip(logits.argmax(-1).tolist(), digits[best].tolist(), p.tolist()))
+            struck = []
+            for i, draft in zip(active, drafts):
+                before, predictions, told = len(answers[i]), told[:len(draft) + 1], told[len(draft) + 1:]
+                for expected, (token, digit, p) in zip([*draft, None], predictions):
+                    if constrained:
+                        token = digit if expected is None else expected
+                    if chat.template[len(answers[i])] is None:
+                        confidence[i] *= p if token == digit else 0
+                    answers[i].append(token)
+                    if token != expected:
+                        break
+                struck.append(before + len(draft) + 1 - len(answers[i]))
+            rows.forget(struck)
+            going = [r for r, i in enumerate(active) if len(answers[i]) < len(chat.template) and answers[i][-1] != chat.eos]
+            if len(going) < len(active):
+                rows.select(going)
+            active = [active[r] for r in going]
+            drafts = [chat.draft(answers[i]) for i in active]
+            blocks = [[answers[i][-1], *draft] for i, draft in zip(active, drafts)]
+        results = iter(zip(answers, confidence))
+        return [[next(results) for _ in asked] for asked in questions]
+
+    def read_photos(self, images, chat):
+        """BOS, image tokens and "\\n", read once per photo: the cache that all its questions share."""
+        start = self.llama.embed_tokens(torch.tensor([[chat.bos, *chat.newline]], device=images.device)).expand(len(images), -1, -1)
+        return self.llama(torch.cat((start[:, :1], self.see(images), start[:, 1:]), dim=1))[1]
+
+
+class Rows:
+    """Conversations under way, one a row: the cached keys and values and which of its slots count."""
+
+    def __init__(self, llama, cache, photo_of):
+        """cache as from read_photos(); photo_of[r] is the photo of row r."""
+        self.llama = llama
+        photo_of = torch.tensor(photo_of, device=cache[0][0].device)
+        self.cache = [(k[photo_of], v[photo_of]) for k, v in cache]  # each (R, heads, S, d)
+        R, S = len(photo_of), cache[0][0].shape[2]
+        self.real = torch.ones(R, S, dtype=torch.bool, device=photo_of.device)
+
+    def extend(self, blocks):
+        """Reads one more block of tokens in each row: a list of R token lists of any length -> hidden states (R, T, D)."""
+        R, T, device = len(blocks), max(map(len, blocks)), self.real.device
+        tokens = torch.tensor([b + [0] * (T - len(b)) for b in blocks], device=device)
+        new = torch.arange(T, device=device) < torch.tensor([len(b) for b in blocks], device=device)[:, None]  # (R, T), not padding
+        positions = self.real.sum(1, keepdim=True) + torch.arange(T, device=device)  # padding and struck drafts take no place
+        past = self.real[:, None].expand(-1, T, -1)  # all that came before, and of the block what is not later: (R, T, S)
+        mask = torch.cat((past, new[:, None] & new.new_ones(T, T).tril()), dim=2)[:, None]
+        hidden, self.cache = self.llama(self.llama.embed_tokens(tokens), positions, mask, self.cache)
+        self.real = torch.cat((self.real, new), dim=1)
+        return hidden
+
+    def forget(self, counts):
+        """Strikes the last counts[r] tokens of row r."""
+        counts = torch.tensor(counts, device=self.real.device)
+        from_end = self.real.flip(1).cumsum(1).flip(1)  # 1 for the last token that counts, 2 for the one before, ...
+        self.real &= from_end > counts[:, None]
+
+    def select(self, rows):
+        """Goes on with some of the rows only."""
+        self.cache = [(k[rows], v[rows]) for k, v in self.cache]
+        self.real = self.real[rows]

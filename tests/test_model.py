@@ -1,0 +1,174 @@
+"""The assembled network against the authors' numbers, and locate() against decoding one token at a time."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data import Chat
+from model import CapeLLM, Rows
+
+
+@pytest.fixture(scope="module")
+def authors(shared):
+    """(the authors' tiny network as ours, their inputs and results)."""
+    folder = shared / "parity" / "llama31"
+    expected = load_file(folder / "expected.safetensors")
+    model = CapeLLM.load(folder / "vit", folder / "llm").eval()
+    with torch.no_grad():
+        for name, p in trained(model).items():
+            p.copy_(expected["param." + their_name(name)])
+    return model, expected
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def their_name(name):
+    """vit.blocks.0.attn.q.lora_A -> base_model.model.vision_model.blocks.0.attn.lora_A_q, and so on."""
+    part, rest = name.split(".", 1)
+    if part == "projection":
+        return f"base_model.model.mm_projector.{rest}"
+    if part == "llama":
+        return f"base_model.model.model.{rest}.default.weight"
+    *path, layer, matrix = rest.split(".")
+    return ".".join(["base_model.model.vision_model", *path, f"{matrix}_{layer}"])
+
+
+def test_logits_loss_and_gradients_equal_the_published_code(authors):
+    model, expected = authors
+    image, text = model.see(expected["images"]), model.llama.embed_tokens(expected["tokens"])
+    torch.testing.assert_close(image, expected["image_tokens"], atol=1e-5, rtol=0)
+    hidden, _ = model.llama(torch.cat((text[:, :1], image, text[:, 1:]), dim=1))
+    logits = model.llama.lm_head(hidden)
+    torch.testing.assert_close(logits[:, 257:], expected["logits_text"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[:, [0, 64, 128, 192, 256]], expected["logits_image"], atol=1e-5, rtol=0)
+
+    model.zero_grad()
+    loss = model(expected["images"], expected["tokens"], expected["labels"])
+    loss.backward()
+    torch.testing.assert_close(loss, expected["loss"][0], atol=1e-5, rtol=0)
+    grads = [name for name in expected if name.startswith("grad.")]
+    assert len(grads) == len(trained(model)) == 26
+    for name, p in trained(model).items():
+        theirs = expected["grad." + their_name(name)]
+        assert (p.grad - theirs).norm() <= 1e-4 * theirs.norm(), name
+
+
+def test_greedy_tokens_equal_the_published_code(authors):
+    model, expected = authors
+    prompt = expected["greedy_prompt"]
+    with torch.no_grad():
+        image, text = model.see(expected["images"]), model.llama.embed_tokens(prompt)
+        _, cache = model.llama(torch.cat((text[:, :1], image), dim=1))
+        rows = Rows(model.llama, cache, range(len(prompt)))
+        blocks, said = prompt[:, 1:].tolist(), []
+        for _ in range(13):
+            said.append(model.llama.lm_head(rows.extend(blocks)[:, -1]).argmax(-1))
+            blocks = said[-1][:, None].tolist()
+    assert torch.equal(torch.stack(said, dim=1), expected["greedy_new"])
+
+
+def test_padding_and_batching_change_nothing(authors):
+    """A conversation's loss is the same alone and padded beside a longer one with other labels."""
+    model, expected = authors
+    images, tokens, labels = expected["images"], expected["tokens"].clone(), expected["labels"].clone()
+    labels[1, 25:] = -100  # now the second row is shorter and has fewer labels
+    tokens[1, 25:] = 0
+    with torch.no_grad():
+        both = model(images, tokens, labels)
+        alone = [model(images[:1], tokens[:1], labels[:1]), model(images[1:], tokens[1:, :25], labels[1:, :25])]
+    torch.testing.assert_close(both, sum(alone) / 2, atol=1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ locate()
+
+
+class TinyChat(Chat):
+    """A Chat over the 512 made-up tokens of the authors' toy network, with `numbers` tokens a coordinate."""
+
+    def __init__(self, numbers):
+        self.bos, self.eos, self.newline, self.digits = 1, 2, [3], list(range(100, 400))
+        self.template = [10, 11, *[None] * numbers, 12, 11, *[None] * numbers]
+
+    def learn(self, answer):
+        """Makes the known tokens of all answers those of this one."""
+        self.template = [known and token for known, token in zip(self.template, answer)]
+
+
+def one_by_one(model, images, questions, chat):
+    """The plain way: each question alone, the whole sequence read again for each new token."""
+    answers = []
+    for image, asked in zip(model.see(images), questions):
+        for question in asked:
+            ids = [chat.bos, *chat.newline, *question]
+            start = len(ids)
+            while len(ids) - start < len(chat.template) and ids[-1] != chat.eos:
+                text = model.llama.embed_tokens(torch.tensor(ids))
+                hidden, _ = model.llama(torch.cat((text[:1], image, text[1:]))[None])
+                ids.append(model.llama.lm_head(hidden[0, -1]).argmax().item())
+            answers.append(ids[start:])
+    return answers
+
+
+def made_up(shared, counts):
+    """An untrained network, photos of 4 x 4 patches, and counts[p] questions of unequal lengths about photo p."""
+    folder = shared / "parity" / "llama31"
+    torch.manual_seed(0)
+    model = CapeLLM.load(folder / "vit", folder / "llm", image_size=56).eval()
+    lengths = iter(torch.randint(1, 12, (sum(counts),)).tolist())
+    return model, torch.randn(len(counts), 3, 56, 56), [[torch.randint(3, 512, (next(lengths),)).tolist() for _ in range(n)] for n in counts]
+
+
+@pytest.mark.parametrize("numbers", [1, 3])
+@pytest.mark.parametrize("counts", [[1], [3, 0, 5], [2, 1, 4, 1, 1, 3, 2, 2], [70]])
+@torch.no_grad()
+def test_locate_gives_the_tokens_of_plain_greedy_decoding(shared, numbers, counts):
+    model, images, questions = made_up(shared, counts)
+    chat = TinyChat(numbers)
+    expected = one_by_one(model, images, questions, chat)
+    assert all(chat.template[0] != answer[0] for answer in expected)  # an untrained network follows no template
+    for learned in [None, *expected[:3]]:  # then one that one of the rows follows to the end, and others in part
+        if learned:
+            chat.learn(learned)
+        told = model.locate(images, questions, chat)
+        assert [len(answers) for answers in told] == counts
+        assert [ids for answers in told for ids, _ in answers] == expected
+
+
+@pytest.mark.parametrize("numbers, passes", [(1, 3), (3, 7)])
+@torch.no_grad()
+def test_answers_on_the_template_take_one_pass_a_digit_and_few_logits(shared, numbers, passes):
+    model, images, questions = made_up(shared, [4, 3])
+    chat = TinyChat(numbers)
+    seen, looked = [], []
+    model.llama.norm.register_forward_hook(lambda *_: seen.append(1))
+    model.llama.lm_head.register_forward_hook(lambda _, args, __: looked.append(len(args[0])))
+    model.locate(images, questions, chat, constrained=True)
+    assert len(seen) == passes  # the photos, then one a digit of x and y
+    assert sum(looked) == 7 * len(chat.template)  # each token of an answer predicted once, and nothing else
+
+
+@torch.no_grad()
+def test_constrained_answers_follow_the_template_and_choose_digits(shared):
+    model, images, questions = made_up(shared, [2, 3])
+    chat = TinyChat(3)
+    for ids, confidence in sum(model.locate(images, questions, chat, constrained=True), []):
+        assert all(token == known if known else token in chat.digits for known, token in zip(chat.template, ids))
+        assert len(ids) == len(chat.template) and 300 ** -6 < confidence < 1
+
+
+@torch.no_grad()
+def test_confidence_is_the_probability_of_the_digits_chosen(shared):
+    model, images, questions = made_up(shared, [1])
+    chat = TinyChat(1)
+    [[(ids, confidence)]] = model.locate(images, questions, chat, constrained=True)
+    by_hand, text = 1.0, [chat.bos, *chat.newline, *questions[0][0]]
+    for known, token in zip(chat.template, ids):
+        embedded = model.llama.embed_tokens(torch.tensor(text))
+        hidden, _ = model.llama(torch.cat((embedded[:1], model.see(images)[0], embedded[1:]))[None])
+        if known is None:
+            scores = model.llama.lm_head(hidden[0, -1])[chat.digits].exp()
+            by_hand *= scores[chat.digits.index(token)] / scores.sum()
+        text.append(token)
+    assert confidence == pytest.approx(by_hand.item(), rel=1e-4)
