@@ -124,6 +124,10 @@ class ViT(nn.Module):
             x = block(x)
         return self.norm(x)[:, 1 + self.config.num_register_tokens:]
 
+    @property
+    def n_patches(self):
+        return self.pos_embed.shape[1] - 1
+
     @torch.no_grad()
     def resize_positions(self, image_size):
         """Fits the position table, learned for config.image_size pixels (518: 37 x 37 patches), to photos of another size.

@@ -1,30 +1,28 @@
-"""llama.py, vit.py and lora.py against Transformers, PEFT and the paper's own code, on tiny random checkpoints; cache; loader.
+"""llama.py, vit.py, lora.py against Transformers, PEFT and the paper's own code, on tiny random checkpoints; KV cache; loader errors."""
 
-A checkpoint is written by Transformers' own save_pretrained, so that names, shards and config.json are what a user downloads.
-"""
-
-import dataclasses
+import functools
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from llama import InputError, Llama, LlamaConfig
+from llama import InputError, Llama
 from lora import LoRALinear, add_lora, load_trainable_state, trainable_state
-from vit import ViT, ViTConfig
+from vit import ViT
 
 transformers = pytest.importorskip("transformers")
 
 
 @torch.no_grad()
 def save_random(directory, kind, max_shard_size="5GB", **config):
+    """Written by Transformers itself, so that names, shards and config.json are what a user downloads."""
     kind = getattr(transformers, kind)
     torch.manual_seed(1)
     network = kind(kind.config_class(**config)).eval()
@@ -34,8 +32,7 @@ def save_random(directory, kind, max_shard_size="5GB", **config):
     return network
 
 
-def close(got, want, rtol=1e-5, atol=1e-5):
-    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 # ---- Llama ----
@@ -59,23 +56,10 @@ def logits(model, positions=POSITIONS):
     return model.lm_head(model(model.embed_tokens(IDS), positions)[0]).float()
 
 
-def rewrite_as_before_rope_parameters(path):
-    """What older versions wrote; settings that equal the defaults of that time are left out."""
-    config = json.loads(path.read_text())
-    rope = config.pop("rope_parameters")
-    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
-    config |= dict(rope_scaling=rope | dict(rope_type=rope_type) if rope else None, rope_theta=theta)
-    for key, default in dict(rope_theta=1e4, head_dim=16, num_key_value_heads=4).items():
-        if config[key] == default:
-            del config[key]
-    path.write_text(json.dumps(config))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    save_random(folder, **LLAMA)
-    return Llama.load(folder).requires_grad_(False)
+@pytest.fixture
+def base(tmp_path):
+    save_random(tmp_path, **LLAMA)
+    return Llama.load(tmp_path).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -84,60 +68,54 @@ def model(tmp_path_factory):
 def test_logits_equal_transformers(family, old_config, tmp_path):
     theirs = save_random(tmp_path, **FAMILIES[family])
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    if old_config:
-        rewrite_as_before_rope_parameters(tmp_path / "config.json")
+    if old_config:  # as written before rope_parameters; what equals the defaults of that time is left out
+        config = json.loads((tmp_path / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        config |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope if len(rope) > 1 else None)
+        defaults = ("rope_theta", 1e4), ("head_dim", 16), ("num_key_value_heads", 4)
+        (tmp_path / "config.json").write_text(json.dumps(dict(item for item in config.items() if item not in defaults)))
     ours = Llama.load(tmp_path)
     want = theirs(IDS, position_ids=POSITIONS, attention_mask=torch.ones_like(IDS)).logits
     assert want.std() > 0.5  # else 1e-5 would mean little
     close(logits(ours), want)
     close(logits(ours, None), theirs(IDS).logits)  # without positions they are 0, 1, 2, ...
+    rope = ours.config.rope
+    for key in rope.keys() - {"rope_type"}:  # each of which these positions would show to be wrong
+        ours.config = replace(ours.config, rope=rope | {key: rope[key] * 1.5})
+        assert (logits(ours) - want).abs().max() > 1e-2, key
 
 
-@pytest.mark.parametrize("change", [dict(rope_type="default"), dict(factor=32.0), dict(rope_theta=1e4), dict(low_freq_factor=2.0),
-                                    dict(high_freq_factor=3.0), dict(original_max_position_embeddings=4096)], ids=str)
-def test_the_comparison_feels_every_rope_setting(change, model, monkeypatch):
-    before = logits(model)
-    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, rope=model.config.rope | change))
-    assert (logits(model) - before).abs().max() > 1e-2
-
-
-def test_blocks_behind_a_cache_equal_one_pass(model):
-    x, causal = model.embed_tokens(IDS), torch.ones(24, 24, dtype=torch.bool).tril()
-    want, whole_cache = model(x)
+def test_blocks_behind_a_cache_equal_one_pass(base):
+    x, causal = base.embed_tokens(IDS), torch.ones(24, 24, dtype=torch.bool).tril()
+    want, whole_cache = base(x)
     outputs, cache = [], None
     for start, end in (0, 9), (9, 14), (14, 15), (15, 24):
-        y, cache = model(x[:, start:end], torch.arange(start, end)[None], causal[None, None, start:end, :end], cache)
+        y, cache = base(x[:, start:end], torch.arange(start, end)[None], causal[None, None, start:end, :end], cache)
         outputs.append(y)
     close(torch.cat(outputs, dim=1), want)
     close(cache, whole_cache)
     assert cache[0][0].shape == (2, 2, 24, 16)  # only the key/value heads are kept
 
 
-def test_padded_rows_of_different_lengths_share_a_prefix(model):
+def test_padded_rows_of_different_lengths_share_a_prefix(base):
     """A photo's prefix of 7 runs once; three questions of 5, 2 and 3 tokens behind it, padded to 5; then a block of 2 for each."""
     prefix, lengths = IDS[:1, :7], torch.tensor([5, 2, 3])
     questions, seconds = IDS[0, 7:22].view(3, 5), IDS[1, :6].view(3, 2)
-    real = torch.arange(5) < lengths[:, None]  # (3, 5); the rest of `questions` is padding that nobody may look at
-    _, cache = model(model.embed_tokens(prefix))
+    keys = F.pad(torch.arange(5) < lengths[:, None], (7, 2), value=True)  # (3, 14): all but the padding of `questions`
+    mask = torch.ones(14, 14, dtype=torch.bool).tril() & keys[:, None, None]  # (3, 1, 14, 14)
+    _, cache = base(base.embed_tokens(prefix))
     cache = [(k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for k, v in cache]
-
-    causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    mask = F.pad(causal & real[:, None], (7, 0), value=True)[:, None]  # (3, 1, 5, 12)
-    first, cache = model(model.embed_tokens(questions), (7 + torch.arange(5)).expand(3, -1), mask, cache)
-    past = F.pad(real, (7, 0), value=True)[:, None].expand(-1, 2, -1)  # (3, 2, 12)
-    mask = torch.cat([past, causal[:2, :2].expand(3, -1, -1)], dim=2)[:, None]  # (3, 1, 2, 14)
-    second, _ = model(model.embed_tokens(seconds), 7 + lengths[:, None] + torch.arange(2), mask, cache)
-
+    first, cache = base(base.embed_tokens(questions), (7 + torch.arange(5)).expand(3, -1), mask[:, :, 7:12, :12], cache)
+    second, _ = base(base.embed_tokens(seconds), 7 + lengths[:, None] + torch.arange(2), mask[:, :, 12:], cache)
     for row, n in enumerate(lengths):
-        alone, _ = model(model.embed_tokens(torch.cat([prefix[0], questions[row, :n], seconds[row]]))[None])
+        alone, _ = base(base.embed_tokens(torch.cat([prefix[0], questions[row, :n], seconds[row]]))[None])
         close(torch.cat([first[row, :n], second[row]]), alone[0, 7:])
 
 
 # ---- ViT ----
 
-VIT = dict(kind="Dinov2Model", hidden_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=14, image_size=70, layer_norm_eps=1e-2)
+VIT = dict(kind="Dinov2Model", hidden_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=14, image_size=70, layer_norm_eps=.01)
 REGISTERS = VIT | dict(kind="Dinov2WithRegistersModel", num_register_tokens=4)
-PHOTOS = torch.randn(2, 3, 224, 224, generator=torch.manual_seed(2))
 
 
 @torch.no_grad()
@@ -147,9 +125,12 @@ PHOTOS = torch.randn(2, 3, 224, 224, generator=torch.manual_seed(2))
 ], ids=["plain", "narrow, large eps", "giant", "registers", "registers, giant", "registers, 518 to 224", "registers, 70 to 112"])
 def test_patch_tokens_equal_transformers(config, size, tmp_path):
     theirs = save_random(tmp_path, **config)
-    want = theirs(PHOTOS[:, :, :size, :size]).last_hidden_state[:, 1 + config.get("num_register_tokens", 0):]
+    photos = torch.randn(2, 3, size, size, generator=torch.manual_seed(2))
+    want = theirs(photos).last_hidden_state[:, 1 + config.get("num_register_tokens", 0):]
     assert want.shape == (2, (size // 14) ** 2, 48) and want.std() > 0.3
-    close(ViT.load(tmp_path, image_size=size)(PHOTOS[:, :, :size, :size]), want)
+    close(ViT.load(tmp_path, image_size=size)(photos), want)
+    half = ViT.load(tmp_path, image_size=size, dtype=torch.bfloat16)(photos.bfloat16())
+    assert half.dtype == torch.bfloat16 and (half - want).std() < 0.05
 
 
 @torch.no_grad()
@@ -162,25 +143,12 @@ def test_image_tokens_equal_the_papers_code(weights, shared, tmp_path):
     vit = ViT.load(tmp_path, image_size=224)
     add_lora(vit, ("q", "v"), dropout=0)
     expected = load_file(parity / "expected.safetensors")
-    param = {name.removeprefix("param.base_model.model."): tensor for name, tensor in expected.items()}
     for name, p in vit.named_parameters():
         if "lora" in name:  # blocks.N.attn.q.lora_A is blocks.N.attn.lora_A_q there
             block, q_or_v, A_or_B = name.rsplit(".", 2)
-            p.copy_(param[f"vision_model.{block}.{A_or_B}_{q_or_v}"])
-    tokens = F.linear(vit(expected["images"]), param["mm_projector.weight"], param["mm_projector.bias"])
-    close(tokens, expected["image_tokens"])
-
-
-@pytest.mark.parametrize("config", [VIT, REGISTERS | dict(use_swiglu_ffn=True)], ids=["plain", "registers, giant"])
-def test_the_original_releases_names_load_the_same(config, tmp_path):
-    save_random(tmp_path, **config)
-    want = ViT.load(tmp_path, image_size=70).state_dict()
-    fused = {name.replace("attn.q", "attn.qkv"): torch.cat([want[name.replace("attn.q", f"attn.{x}")] for x in "qkv"])
-             for name in want if "attn.q." in name}
-    rest = {name.replace("patch_embed.", "patch_embed.proj."): want[name].clone() for name in want if name[-9:-7] not in ("")}
-    save_file(fused | rest | {"mask_token": torch.zeros(1, 48)}, tmp_path / "model.safetensors")
-    got = ViT.load(tmp_path, image_size=70).state_dict()
-    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+            p.copy_(expected[f"param.base_model.model.vision_model.{block}.{A_or_B}_{q_or_v}"])
+    weight, bias = (expected[f"param.base_model.model.mm_projector.{x}"] for x in ("weight", "bias"))
+    close(F.linear(vit(expected["images"]), weight, bias), expected["image_tokens"])
 
 
 # ---- LoRA ----
@@ -195,12 +163,6 @@ def adapt(network, random_B=True, **lora_args):
     return network
 
 
-@pytest.fixture
-def base(tmp_path):
-    save_random(tmp_path, **LLAMA)
-    return Llama.load(tmp_path)
-
-
 def test_lora_equals_peft_in_forward_and_gradients(tmp_path):
     peft = pytest.importorskip("peft")
     theirs = save_random(tmp_path, **LLAMA)
@@ -208,7 +170,7 @@ def test_lora_equals_peft_in_forward_and_gradients(tmp_path):
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0, target_modules=["q_proj", "v_proj"]))
     own = {f"base_model.model.model.{name}.default.weight": p for name, p in ours.named_parameters() if p.requires_grad}
     reference = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
-    assert own.keys() == reference.keys() and len(own) == 8
+    assert own.keys() == reference.keys() and len(own) == 8  # only q and v are wrapped
     for name, p in reference.items():
         p.data.copy_(own[name])
     got, want = logits(ours, None), theirs(IDS).logits
@@ -219,21 +181,14 @@ def test_lora_equals_peft_in_forward_and_gradients(tmp_path):
         close(own[name].grad, p.grad, rtol=1e-4)
 
 
-def test_lora_starts_as_the_identity_on_q_and_v_alone(base):
-    before = logits(base)
+def test_lora_starts_as_the_identity_and_training_leaves_the_base_bitwise_alone(base):
+    plain = logits(base)
     model = adapt(base, random_B=False, dropout=0.5)
-    assert torch.equal(logits(model), before)
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    assert wrapped == {f"layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qv"}
-    for name in wrapped:
-        A = model.get_parameter(f"{name}.lora_A")
-        assert A.shape == (8, 64) and 0.11 < A.abs().max() <= 0.125 and 0.06 < A.std() < 0.085  # uniform within 1 / sqrt(64), as PEFT's
-
-
-def test_training_moves_the_adapters_and_not_a_bit_of_the_rest(base):
-    model = adapt(base)
+    assert torch.equal(logits(model), plain)
+    A = model.layers[0].self_attn.q_proj.lora_A
+    assert 0.11 < A.abs().max() <= 0.125 and 0.06 < A.std() < 0.085  # uniform within 1 / sqrt(64), as PEFT's
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         logits(model).square().mean().backward()
@@ -244,7 +199,7 @@ def test_training_moves_the_adapters_and_not_a_bit_of_the_rest(base):
 
 @torch.no_grad()
 def test_dropout_acts_on_the_update_alone_and_in_training_alone():
-    layer = LoRALinear(nn.Linear(16, 8), rank=4, dropout=0.3)
+    layer = LoRALinear(torch.nn.Linear(16, 8), rank=4, dropout=0.3)
     layer.lora_B.normal_()
     x = torch.randn(16, generator=torch.manual_seed(3)).expand(20_000, -1)
     still, moving = (layer.train(mode)(x) - layer.base(x) for mode in (False, True))
@@ -254,5 +209,101 @@ def test_dropout_acts_on_the_update_alone_and_in_training_alone():
     assert torch.equal(layer(x), layer.base(x))
 
 
-def test_a_bf16_base_keeps_fp32_adapters_and_gives_bf16(base):
-    full, half = adapt(base, dropout=0), None
+def test_a_bf16_base_keeps_fp32_adapters_and_gives_bf16(base, tmp_path):
+    full, half = adapt(base, dropout=0), adapt(Llama.load(tmp_path, dtype=torch.bfloat16), dropout=0)
+    want, got = logits(full), logits(half)
+    assert half(half.embed_tokens(IDS))[0].dtype == torch.bfloat16 and (got - want).std(dim=(1, 2)).max() < 0.03
+    (want.sin().sum() + got.sin().sum()).backward()
+    for (name, p), q in zip(full.named_parameters(), half.parameters(), strict=True):
+        if p.requires_grad:
+            assert q.dtype == q.grad.dtype == torch.float32 and (q.grad - p.grad).norm() < 0.1 * p.grad.norm(), name
+        else:
+            assert torch.equal(p.bfloat16(), q), name
+
+
+def test_the_trained_state_makes_another_model_the_same_or_is_refused_whole(base, tmp_path):
+    model, other = adapt(base).eval(), adapt(Llama.load(tmp_path), random_B=False).eval()
+    state, before, name = trainable_state(model), logits(other), "layers.1.self_attn.v_proj.lora_B"
+    for wrong, says in [({k: v for k, v in state.items() if k != name}, f"lacks 1 .*{name}"), (state | {"spare": 1}, "unknown 1 .*spare"),
+                        (state | {name: torch.ones(32, 4)}, rf"{name} is \(32, 4\).* \(32, 8\)")]:
+        with pytest.raises(ValueError, match=says):
+            load_trainable_state(other, wrong)
+    assert torch.equal(logits(other), before) and not torch.equal(logits(model), before)
+    load_trainable_state(other, state)
+    assert torch.equal(logits(other), logits(model))
+
+
+# ---- the loader ----
+
+def test_the_defaults_are_the_papers_networks():
+    with torch.device("meta"):
+        assert [sum(p.numel() for p in network().parameters()) for network in (Llama, ViT)] == [8_030_261_248, 304_367_616]
+
+
+def edit_config(**change):
+    return lambda d: (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | change))
+
+
+def edit_weights(**change):
+    """Puts tensors into the first file, or drops them where None is given."""
+    def edit(d):
+        path = min(d.glob("*.safetensors"))
+        save_file({name: t.clone() for name, t in (load_file(path) | change).items() if t is not None}, path)
+    return edit
+
+
+INDEX, FIRST, LAST = "model.safetensors.index.json", "model-00001-of-00006.safetensors", "model-00006-of-00006.safetensors"
+KEY, TWIN = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight"  # in the first file, in the fourth
+BROKEN = {  # what is done to the folder, and what the message must say
+    "missing tensor": (edit_weights(**{KEY: None}), [INDEX, "layers.0.self_attn.k_proj.weight"]),
+    "extra tensor": (edit_weights(spare=torch.ones(2)), [FIRST, "spare"]),
+    "tensor twice": (edit_weights(**{TWIN: torch.ones(32, 64)}), ["model-00004-of", TWIN]),
+    "wrong shape": (edit_weights(**{KEY: torch.ones(32, 48)}), [FIRST, KEY, "(32, 48)", "(32, 64)"]),
+    "truncated shard": (lambda d: (d / LAST).write_bytes((d / LAST).read_bytes()[:-100]), [LAST, "truncated"]),
+    "index names an absent shard": (lambda d: (d / LAST).unlink(), [LAST, "missing"]),
+    "absent index": (lambda d: (d / INDEX).unlink(), [INDEX, "neither model.safetensors"]),
+    "index without a map": (lambda d: (d / INDEX).write_text("{}"), [INDEX, "weight_map"]),
+    "absent config": (lambda d: (d / "config.json").unlink(), ["config.json", "no such file"]),
+    "broken config": (lambda d: (d / "config.json").write_text('{"model_type": '), ["config.json", "JSON"]),
+    "config that is no object": (lambda d: (d / "config.json").write_text("[1]"), ["config.json"]),
+    "config without sizes": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), ["config.json", "hidden_size"]),
+    "other network": (edit_config(model_type="gemma"), ["config.json", "gemma"]),
+    "sliding window": (edit_config(model_type="mistral", sliding_window=4096), ["config.json", "sliding window"]),
+    "other rope": (edit_config(rope_parameters=dict(rope_type="yarn")), ["config.json", "yarn"]),
+    "llama3 rope without factor": (edit_config(rope_parameters=LLAMA3), ["config.json", "factor"]),
+    "vit: other network": (edit_config(model_type="vit"), ["config.json", "'vit'"]),
+    "vit: patches that do not fit": (edit_config(patch_size=16), ["70", "patch size 16"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_the_loader_names_what_is_wrong(case, tmp_path):
+    vit, (break_it, says) = case.startswith("vit"), BROKEN[case]
+    save_random(tmp_path, **(VIT if vit else LLAMA))
+    break_it(tmp_path)
+    with pytest.raises(InputError) as error:
+        ViT.load(tmp_path, image_size=70) if vit else Llama.load(tmp_path)
+    message = str(error.value)
+    assert all(text in message for text in [str(tmp_path), *says]) and "\n" not in message, message
+
+
+MEASURE = """if True:
+    import sys, torch, llama
+    read = lambda key: int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) / 1024
+    llama.Llama.load(sys.argv[1], dtype=torch.bfloat16)  # a small one first: what torch imports along the way does not count
+    open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+    before = read("VmRSS")
+    model = llama.Llama.load(sys.argv[2], dtype=torch.bfloat16)
+    print(read("VmHWM") - before, sum(p.nbytes for p in model.parameters()) / 2**20)"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_holds_the_model_and_one_shard_at_most(tmp_path):
+    small, big = tmp_path / "small", tmp_path / "big"
+    save_random(small, **LLAMA)
+    save_random(big, **LLAMA | dict(hidden_size=512, intermediate_size=3328, num_hidden_layers=8, max_shard_size="25MB"))
+    command = [sys.executable, "-c", MEASURE, str(small), str(big)]
+    growth, size = map(float, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    shard = max(path.stat().st_size for path in big.iterdir()) / 2**20
+    shutil.rmtree(big)  # 190 MB
+    assert size < growth < size + shard + 12, f"{growth:.0f} MiB for a model of {size:.0f} in shards of {shard:.0f}"

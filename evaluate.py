@@ -1,0 +1,321 @@
+"""Evaluates a checkpoint on MP-100, or scores predictions from anywhere (paper, section 4.1; Tables 2 to 4).
+
+    python evaluate.py runs/split1/ckpt.pt                      all it needs is in the checkpoint; under torchrun the GPUs share the photos
+    python evaluate.py --score predictions.json --split 1       the metric alone: neither network nor photographs
+
+PCK@t is the share of an object's visible keypoints that are predicted closer than t times the longer side of its box, averaged over
+objects; mPCK is the mean over five thresholds. Beside the checkpoint it leaves report.json, predictions.json and predictions.png.
+"""
+
+import argparse
+import colorsys
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import Chat, crop_of, existing_photos, normalize, read_descriptions, read_objects, report_missing
+from llama import InputError, read_json
+from train import load_model, read_checkpoint, run, start_processes
+
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
+
+
+# ---------------------------------------------------------------------------------------------------------------- metric
+
+
+def hits(object, prediction):
+    """Which keypoints are predicted close enough: bool (5 thresholds, K). A prediction is (x, y) in pixels, or None for a miss."""
+    prediction = np.array([p or (np.inf, np.inf) for p in prediction], dtype=np.float64)
+    distance = np.linalg.norm(prediction - object.keypoints, axis=1)
+    return distance < np.array(THRESHOLDS)[:, None] * max(object.box[2:])
+
+
+def pck_of_queries(objects, predictions):
+    """Every object once. -> (objects, 5) shares of visible keypoints hit; an object without any visible scores 0."""
+    return np.array([hits(o, p)[:, o.visible].sum(1) / max(1, o.visible.sum()) for o, p in zip(objects, predictions)])
+
+
+def pck_of_pairs(objects, predictions, category_order):
+    """60,000 support-query pairs as sampled by earlier work: 200 times a support and 15 queries of each category.
+
+    Counted are keypoints visible in both; a pair without any scores 0. CapeLLM's answer does not depend on the support.
+    -> (pairs, 5) shares, and the (support, query) indices of the pairs.
+    """
+    members = defaultdict(list)
+    for i, o in enumerate(objects):
+        members[o.category].append(i)
+    sampler, pairs = random.Random(1), []
+    for category in category_order:
+        for _ in range(200 if members[category] else 0):
+            support, *queries = sampler.sample(members[category], min(16, len(members[category])))
+            pairs += [(support, query) for query in queries]
+    hit = [hits(o, p) for o, p in zip(objects, predictions)]
+    both = [objects[s].visible & objects[q].visible for s, q in pairs]
+    return np.array([hit[q][:, b].sum(1) / max(1, b.sum()) for (_, q), b in zip(pairs, both)]), pairs
+
+
+def make_report(objects, predictions, categories, annotations, protocol, **facts):
+    """predictions[i] belongs to objects[i]: K entries, (x, y) in pixels of the photo or None. -> what report.json holds."""
+    shares, of = pck_of_queries(objects, predictions), np.array([o.category for o in objects])
+    if protocol == "pairs":
+        shares, pairs = pck_of_pairs(objects, predictions, [c["id"] for c in read_json(annotations)["categories"]])
+        of = of[[query for _, query in pairs]]
+
+    def means(rows):
+        return {f"PCK@{t:g}": v for t, v in zip(THRESHOLDS, rows.mean(0).tolist())} | {"mPCK": rows.mean(0).mean().item()}
+
+    per_category = {f"{c} {categories[c].name}": means(shares[of == c]) for c in dict.fromkeys(of.tolist())}
+    return {**means(shares), "objects": len(objects), "protocol": protocol, **facts, "per category": per_category}
+
+
+def print_report(report):
+    """Percent with two decimals: a line for each category, and the mean."""
+    columns = [*(f"PCK@{t:g}" for t in THRESHOLDS), "mPCK"]
+    print(f"\n{'':28}" + "".join(f"{c:>10}" for c in columns))
+    for name, row in {**report["per category"], f"{report['objects']} objects": report}.items():
+        print(f"{name:28.28}" + "".join(f"{100 * row[c]:10.2f}" for c in columns))
+    print("\n" + ", ".join(f"{k}: {v}" for k, v in report.items() if k not in (*columns, "per category")))
+
+
+def read_predictions(path, objects, allow_missing):
+    """A predictions.json -> predictions in the order of `objects`. Entries for other annotations are passed over."""
+    raw, predictions = read_json(path), {}
+    try:
+        for entry in raw:
+            if entry["annotation_id"] in predictions:
+                raise InputError(f"{path}: annotation {entry['annotation_id']} is predicted twice")
+            predictions[entry["annotation_id"]] = [p and (float(p[0]), float(p[1])) for p in entry["keypoints"]]
+    except (KeyError, TypeError, ValueError, IndexError) as e:
+        raise InputError(f'{path}: not [{{"annotation_id": 7, "keypoints": [[x, y], ...]}}, ...] ({type(e).__name__}: {e})') from None
+    for o in objects:
+        if o.id not in predictions and not allow_missing:
+            raise InputError(f"{path}: no prediction for annotation {o.id}; is it of this split? (--allow-missing counts misses)")
+        points = predictions.setdefault(o.id, [None] * len(o.keypoints))
+        if len(points) != len(o.keypoints):
+            raise InputError(f"{path}: annotation {o.id} has {len(points)} keypoints predicted, {len(o.keypoints)} annotated")
+        if not np.isfinite([p for p in points if p]).all():
+            raise InputError(f"{path}: annotation {o.id} has a coordinate that is not a number; null stands for no answer")
+    return [predictions[o.id] for o in objects]
+
+
+# ------------------------------------------------------------------------------------------------------------- prediction
+
+
+class Photos(torch.utils.data.Dataset):
+    """Objects -> (index, crop), the crop None if the photo cannot be read."""
+
+    def __init__(self, objects, indices, root, size):
+        self.objects, self.indices, self.root, self.size = objects, indices, root, size
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        o = self.objects[self.indices[i]]
+        try:
+            return self.indices[i], crop_of(o).cut(Path(self.root, "images", o.photo), self.size)
+        except InputError:
+            return self.indices[i], None
+
+
+def predict(model, chat, crops, images, texts, constrained=False):
+    """Asks for keypoints. images uint8 (P, 3, size, size), the pixels of `crops`; texts: for each photo its (name, description)s.
+
+    -> for each photo a list of (point, confidence), the point in pixels of its photo or None if the answer was no coordinates.
+    """
+    device = model.projection.weight.device
+    questions = [[chat.question(*text) for text in asked] for asked in texts]
+    told = model.locate(normalize(images.to(device)), questions, chat, constrained)
+    results = []
+    for crop, answers in zip(crops, told):
+        points = [chat.parse(ids) for ids, _ in answers]
+        results.append([(p and tuple(crop.to_photo(p).tolist()), sure) for p, (_, sure) in zip(points, answers)])
+    return results
+
+
+def predict_objects(model, chat, objects, categories, args, device_batches):
+    """-> {index of object: [(point, confidence), ...]}, None for a photo that cannot be read."""
+    results = {}
+    for batch in device_batches:
+        results.update({i: None for i, image in batch if image is None})
+        batch = [(i, image) for i, image in batch if image is not None]
+        if batch:
+            indices, images = zip(*batch)
+            texts = [categories[objects[i].category].keypoints for i in indices]
+            told = predict(model, chat, [crop_of(objects[i]) for i in indices], torch.stack(images), texts, args.constrained)
+            results.update(zip(indices, told))
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------- picture
+
+
+def palette(n):
+    """n colours that are easy to tell apart on a photo."""
+    return [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / n, 0.85 if i % 2 else 0.6, 1)) for i in range(n)]
+
+
+def draw_object(path, crop, names, predicted, true=None, side=360):
+    """A tile: the crop with predicted points (dots), the true ones (rings, a line to the dot), and the names beside."""
+    font = ImageFont.load_default(size=12)
+    photo = Image.fromarray(crop.cut(path, side).permute(1, 2, 0).numpy())
+    columns = -(-len(names) // 22)
+    tile = Image.new("RGB", (side + 190 * columns, side), "white")
+    tile.paste(photo)
+    scale = 3  # drawn large and reduced, for smooth edges
+    overlay = tile.resize([scale * n for n in tile.size])
+    pen = ImageDraw.Draw(overlay)
+    for k, colour in enumerate(palette(len(names))):
+        def spot(point):
+            return tuple(scale * side * crop.from_photo(np.array(point)))
+        if true is not None and true[k] is not None:
+            x, y = spot(true[k])
+            if predicted[k]:
+                pen.line([(x, y), spot(predicted[k])], fill=colour, width=4)
+            pen.ellipse([x - 17, y - 17, x + 17, y + 17], outline="black", width=10)
+            pen.ellipse([x - 15, y - 15, x + 15, y + 15], outline=colour, width=6)
+        if predicted[k]:
+            x, y = spot(predicted[k])
+            pen.ellipse([x - 13, y - 13, x + 13, y + 13], fill=colour, outline="black", width=3)
+        x, y = scale * (side + 12 + 190 * (k // 22)), scale * (14 + 16 * (k % 22))
+        pen.ellipse([x - 13, y - 13, x + 13, y + 13], fill=colour if predicted[k] else None, outline="black", width=3)
+    tile = overlay.resize(tile.size, Image.Resampling.LANCZOS)
+    pen = ImageDraw.Draw(tile)
+    for k, name in enumerate(names):
+        pen.text((side + 22 + 190 * (k // 22), 14 + 16 * (k % 22)), name, fill="black", font=font, anchor="lm")
+    return tile
+
+
+def contact_sheet(path, objects, predictions, categories, root, n=12):
+    """Draws n objects, spread over the categories, three to a row."""
+    chosen = [objects.index(o) for o in spread(objects, n)]
+    tiles = []
+    for i in chosen:
+        o, category = objects[i], categories[objects[i].category]
+        true = [tuple(p) if v else None for p, v in zip(o.keypoints, o.visible)]
+        names = [name for name, _ in category.keypoints]
+        tiles.append((category.name, draw_object(Path(root, "images", o.photo), crop_of(o), names, predictions[i], true)))
+    rows = [tiles[i:i + 3] for i in range(0, len(tiles), 3)]
+    width = max(sum(tile.width + 16 for _, tile in row) for row in rows) + 16
+    sheet = Image.new("RGB", (width, 56 + sum(max(tile.height for _, tile in row) + 40 for row in rows)), "white")
+    pen, title = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    pen.text((16, 14), "dot: predicted    ring: annotated    a long line is a large error", fill="black", font=title)
+    y = 56
+    for row in rows:
+        x = 16
+        for name, tile in row:
+            pen.text((x, y - 4), name, fill="black", font=title)
+            sheet.paste(tile, (x, y + 20))
+            x += tile.width + 16
+        y += max(tile.height for _, tile in row) + 40
+    sheet.save(path)
+
+
+def spread(objects, n):
+    """Up to n objects, taking turns between the categories."""
+    queues = defaultdict(list)
+    for o in objects:
+        queues[o.category].append(o)
+    turns = sorted(((turn, c, o) for c, queue in queues.items() for turn, o in enumerate(queue)), key=lambda t: t[:2])
+    return [o for _, _, o in turns[:n]]
+
+
+# ----------------------------------------------------------------------------------------------------------------- program
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description="Evaluates a checkpoint, or scores predictions.", allow_abbrev=False)
+    parser.add_argument("checkpoint", nargs="?", help="what train.py wrote")
+    parser.add_argument("--score", metavar="JSON", help="score these predictions instead")
+    parser.add_argument("--data", help="MP-100; default: that of the checkpoint, or data/mp100")
+    parser.add_argument("--split", type=int, help="default: that of the checkpoint, or 1")
+    parser.add_argument("--subset", choices=["train", "val", "test"], default="test")
+    parser.add_argument("--descriptions", help="texts that replace those of the same category")
+    parser.add_argument("--llm", help="where its weights lie now, if they were moved since")
+    parser.add_argument("--vit", help="likewise")
+    parser.add_argument("--protocol", choices=["query", "pairs"], default="query", help="Table 2: each object once, or support-query pairs")
+    parser.add_argument("--constrained", action="store_true", help="force the format of answers, so that none is malformed")
+    parser.add_argument("--allow-missing", action="store_true", help="go on without objects whose photo or prediction is missing")
+    parser.add_argument("--batch", type=int, default=8, help="photos asked at a time")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read photos, per GPU")
+    parser.add_argument("--out", help="folder of the results; default: that of the checkpoint")
+    parser.add_argument("--report", metavar="JSON", help="where the report goes; default: report.json in --out")
+    args = parser.parse_args(argv)
+    if bool(args.checkpoint) == bool(args.score):
+        parser.error("give either a checkpoint or --score predictions.json")
+    return args
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else {"args": {}}
+    trained = argparse.Namespace(**checkpoint["args"])
+    root = args.data or getattr(trained, "data", "data/mp100")
+    split = args.split or getattr(trained, "split", 1)
+    annotations = Path(root, "annotations", f"mp100_split{split}_{args.subset}.json")
+    categories = read_descriptions(getattr(trained, "descriptions", args.descriptions or "descriptions.json"))
+    if args.descriptions:
+        categories |= read_descriptions(args.descriptions)
+    objects = read_objects(annotations, categories)
+    if not objects:
+        raise InputError(f"{annotations}: no object to evaluate")
+    facts = {"split": split, "subset": args.subset}
+
+    if args.score:
+        predictions = read_predictions(args.score, objects, args.allow_missing)
+        report = make_report(objects, predictions, categories, annotations, args.protocol, **facts)
+        print_report(report)
+        if args.report:
+            write_json(args.report, report)
+        return
+
+    rank, world, device = start_processes()
+    n_annotated = len(objects)
+    objects = existing_photos(objects, root, categories, args.allow_missing)
+    trained.llm, trained.vit = args.llm or trained.llm, args.vit or trained.vit
+    model, chat = load_model(trained, device, checkpoint).eval(), Chat(trained.llm)
+    # similar numbers of keypoints side by side, so that processes and batches get equal shares
+    order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))[rank::world]
+    loader = DataLoader(Photos(objects, order, root, trained.image_size), args.batch, collate_fn=list, num_workers=args.workers)
+    results = predict_objects(model, chat, objects, categories, args, tqdm(loader, disable=rank > 0, dynamic_ncols=True))
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, results)
+        results = {i: told for part in gathered for i, told in part.items()}
+    if rank > 0:
+        return
+    report_missing([o for i, o in enumerate(objects) if results[i] is None], root, categories, args.allow_missing)
+    results = [results[i] for i, o in enumerate(objects) if results[i] is not None]
+    objects = [o for i, o in enumerate(objects) if results[i] is not None]
+    predictions = [[point for point, _ in told] for told in results]
+    malformed = sum(point is None for points in predictions for point in points)
+    report = make_report(objects, predictions, categories, annotations, args.protocol, **facts, malformed=malformed,
+                         **{"without photo": n_annotated - len(objects)})
+    print_report(report)
+    out = Path(args.out or Path(args.checkpoint).parent)
+    write_json(args.report or out / "report.json", report)
+    write_json(out / "predictions.json", [
+        {"annotation_id": o.id, "keypoints": points, "confidence": [round(sure, 4) for _, sure in told]}
+        for o, points, told in zip(objects, predictions, results)])
+    contact_sheet(out / "predictions.png", objects, predictions, categories, root)
+    print(f"wrote {out}/report.json, predictions.json, predictions.png")
+
+
+def write_json(path, contents):
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e})") from None
+
+
+if __name__ == "__main__":
+    run(main)

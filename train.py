@@ -1,0 +1,243 @@
+"""Fine-tunes CapeLLM on a split of MP-100 (paper, sections 3.3 and 4.2). The defaults are the paper's.
+
+    torchrun --nproc_per_node 4 train.py --split 1              4 GPUs
+    python train.py --split 1                                   one GPU, or a CPU: the same result, later
+    python train.py --resume runs/split1/ckpt.pt                goes on where a run stopped
+
+An optimizer step takes --batch conversations, cut into micro-batches that the processes share out and accumulate. All that is
+random is drawn from (seed, epoch, example) or (seed, step, micro-batch), so neither the number of processes or workers nor a
+restart changes the result.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import Chat, TrainingSet, collate, existing_photos, normalize, plan_epoch, read_descriptions, read_objects
+from llama import InputError
+from lora import load_trainable_state, trainable_state
+from model import CapeLLM
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A6000": 154.8, "4090": 165.2, "3090": 71}  # dense bf16, data sheets
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description="Fine-tunes CapeLLM on MP-100.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
+    files = parser.add_argument_group("files")
+    files.add_argument("--data", default="data/mp100", help="MP-100: annotations/ and images/")
+    files.add_argument("--split", type=int, default=1, help="1 to 5")
+    files.add_argument("--descriptions", default="descriptions.json", help="names and descriptions of all keypoints")
+    files.add_argument("--llm", default="weights/Llama-3.1-8B", help="config.json, tokenizer.json, *.safetensors")
+    files.add_argument("--vit", default="weights/dinov2-large", help="config.json, model.safetensors")
+    files.add_argument("--out", help="folder of the checkpoint; runs/splitN if not given")
+    files.add_argument("--resume", metavar="CKPT", help="a checkpoint to go on from, with its arguments")
+    files.add_argument("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
+    network = parser.add_argument_group("network")
+    network.add_argument("--image-size", type=int, default=224, help="pixels a side")
+    network.add_argument("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="Table 4")
+    network.add_argument("--tune-llm", choices=["frozen", "lora", "full"], default="lora")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=int, default=12)
+    recipe.add_argument("--batch", type=int, default=128, help="conversations in an optimizer step")
+    recipe.add_argument("--micro-batch", type=int, default=1, help="conversations in a forward pass; no effect but on memory and speed")
+    recipe.add_argument("--lr", type=float, default=5e-4)
+    recipe.add_argument("--warmup", type=float, default=0.03, help="share of the steps, then cosine to 0")
+    recipe.add_argument("--weight-decay", type=float, default=0.01)
+    recipe.add_argument("--clip", type=float, default=0, help="largest norm of the gradient, 0 for none")
+    recipe.add_argument("--rounds", type=int, default=4, help="keypoints asked in a conversation")
+    recipe.add_argument("--seed", type=int, default=42)
+    running = parser.add_argument_group("running")
+    running.add_argument("--workers", type=int, default=4, help="processes that read photos, per GPU")
+    running.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    running.add_argument("--log-every", type=int, default=1, help="steps between log lines")
+    args = parser.parse_args(argv)
+    if args.resume:  # the run's own arguments, but for what the command line says
+        parser.set_defaults(**read_checkpoint(args.resume)["args"])
+        args = parser.parse_args(argv)
+    args.out = args.out or f"runs/split{args.split}"
+    return args
+
+
+def start_processes():
+    """-> rank, number of processes, device. Works under torchrun and alone; on CUDA, MPS and the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def run(main):
+    """Runs a program. What the user can mend is one line on stderr and exit code 2; defects crash with their traceback."""
+    try:
+        main(sys.argv[1:])
+    except InputError as e:  # from a DataLoader worker it comes with a traceback in front
+        print(f"error: {str(e).strip().splitlines()[-1].removeprefix('llama.InputError: ')}", file=sys.stderr)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)  # without waiting for the other processes
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def read_checkpoint(path):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("args", "model", "optimizer", "step")}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise InputError(f"{path}: not a checkpoint of this program, or a damaged one ({str(e).splitlines()[0]})") from None
+
+
+def save_checkpoint(path, **contents):
+    """Atomic: until the new file is whole the old one stays."""
+    part = path.with_suffix(".part")
+    try:
+        torch.save(contents, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch's writer says RuntimeError for a full disk
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({str(e).splitlines()[0]}); free some space and --resume") from None
+
+
+def load_model(args, device, checkpoint=None):
+    """The network of a run's arguments, with the trained weights of its checkpoint if there is one."""
+    torch.manual_seed(args.seed)  # the adapters and the projection start alike in all processes
+    model = CapeLLM.load(args.vit, args.llm, args.image_size, args.tune_vit, args.tune_llm, device)
+    if checkpoint:
+        try:
+            load_trainable_state(model, checkpoint["model"])
+        except ValueError as e:
+            raise InputError(f"{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None
+    return model
+
+
+def learning_rate(step, steps, args):
+    """Linear warm-up, then a cosine down to zero."""
+    warmup = math.ceil(args.warmup * steps)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def batches_of(examples, args, rank, world, first_step):
+    """The micro-batches of an epoch that fall to this process: lists of indices. The last batch is filled from the first."""
+    for start in range(first_step * args.batch, len(examples), args.batch):
+        batch = [i % len(examples) for i in range(start, start + args.batch)]
+        micro_batches = [batch[i:i + args.micro_batch] for i in range(0, args.batch, args.micro_batch)]
+        yield from micro_batches[rank::world]
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    rank, world, device = start_processes()
+    say = print if rank == 0 else lambda *_: None
+    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    path = Path(args.out, "ckpt.pt")
+    if path.exists() and not checkpoint:
+        raise InputError(f"{path} exists: go on from it with --resume {path}, or choose another --out")
+    if args.batch % (args.micro_batch * world):
+        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} x {world} processes")
+    accumulation = args.batch // (args.micro_batch * world)
+
+    # ---- data
+    chat, categories = Chat(args.llm), read_descriptions(args.descriptions)
+    objects = read_objects(Path(args.data, "annotations", f"mp100_split{args.split}_train.json"), categories)
+    objects = existing_photos(objects, args.data, categories, args.allow_missing)
+    epoch_steps = [math.ceil(len(plan_epoch(objects, args.seed, e, args.rounds)) / args.batch) for e in range(args.epochs)]
+    steps = sum(epoch_steps)
+    if not steps:
+        raise InputError(f"{args.data}: split {args.split} has no keypoint to train on")
+
+    # ---- network
+    model = load_model(args, device, checkpoint)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    step = 0
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step = checkpoint["step"]
+    learner = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False) if world > 1 else model
+    say(f"{len(objects)} objects of {len({o.category for o in objects})} categories, {steps} steps in {args.epochs} epochs")
+    say(f"batch {args.batch} = micro-batch {args.micro_batch} x {world} processes x {accumulation} accumulated, on {device}")
+    for name, part in ("vit", model.vit), ("projection", model.projection), ("llm", model.llama):
+        trained, total = (sum(p.numel() for p in part.parameters() if p.requires_grad or not only) for only in (True, False))
+        say(f"{name:10} {trained:>13,} of {total:>13,} parameters train")
+
+    # ---- training
+    model.train()
+    bar = tqdm(total=steps, initial=step, disable=rank > 0, dynamic_ncols=True)
+    for epoch in range(args.epochs):
+        done = step - sum(epoch_steps[:epoch])  # steps of this epoch, before a restart
+        if done >= epoch_steps[epoch]:
+            continue
+        examples = plan_epoch(objects, args.seed, epoch, args.rounds)
+        loader = iter(DataLoader(TrainingSet(examples, categories, chat, args.data, args.image_size), collate_fn=collate,
+                                 batch_sampler=list(batches_of(examples, args, rank, world, done)),
+                                 num_workers=args.workers, pin_memory=device.type == "cuda"))
+        for _ in range(epoch_steps[epoch] - done):
+            began, n_tokens, loss = time.perf_counter(), 0, torch.zeros((), device=device)
+            for i in range(accumulation):
+                images, tokens, labels = (t.to(device, non_blocking=True) for t in next(loader))
+                torch.manual_seed(args.seed + 2**20 * ((step * accumulation + i) * world + rank))  # dropout, by micro-batch
+                with learner.no_sync() if world > 1 and i < accumulation - 1 else nullcontext():
+                    micro_loss = learner(normalize(images), tokens, labels) / accumulation
+                    micro_loss.backward()
+                loss += micro_loss.detach()
+                n_tokens += tokens.numel() + len(tokens) * model.vit.n_patches
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, args)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if world > 1:
+                dist.all_reduce(loss)
+                loss /= world
+            seconds = time.perf_counter() - began
+            bar.update()
+            if rank == 0 and (step % args.log_every == 0 or step == steps):
+                bar.write(f"step {step:5d}  epoch {epoch + 1:2d}  loss {loss.item():.4f}  lr {group['lr']:.2e}  |grad| {norm.item():.3f}  "
+                          f"{n_tokens * world / seconds:,.0f} tokens/s{memory_and_mfu(model, n_tokens / seconds, device)}")
+            if rank == 0 and (step % args.save_every == 0 or step == steps):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_checkpoint(path, args=vars(args), model=trainable_state(model), optimizer=optimizer.state_dict(), step=step,
+                                epoch=epoch)
+    bar.close()
+    say(f"wrote {path}")
+
+
+def memory_and_mfu(model, tokens_per_second, device):
+    """Peak memory, and the share of the GPU's peak that goes into the two products with each weight that LoRA cannot avoid:
+    forward, and back to the inputs."""
+    if device.type != "cuda":
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return f"  {peak / 2**30:.1f} GiB"
+    text = f"  {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    for card, peak in PEAK_TFLOPS.items():
+        if card in torch.cuda.get_device_name(device):
+            weights = sum(p.numel() for p in model.llama.layers.parameters())
+            text += f"  MFU {4 * weights * tokens_per_second / peak / 1e12:.0%}"
+    return text
+
+
+if __name__ == "__main__":
+    run(main)
