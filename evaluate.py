@@ -8,7 +8,6 @@ objects; mPCK is the mean over five thresholds. Beside the checkpoint it leaves 
 """
 
 import argparse
-import colorsys
 import json
 import random
 from collections import defaultdict
@@ -21,8 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Chat, crop_of, existing_photos, normalize, read_descriptions, read_objects, report_missing
+from data import Chat, crop_of, existing_photos, read_descriptions, read_objects, report_missing
 from llama import InputError, read_json
+from predict import draw_object, predict
 from train import load_model, read_checkpoint, run, start_processes
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
@@ -126,72 +126,21 @@ class Photos(torch.utils.data.Dataset):
             return self.indices[i], None
 
 
-def predict(model, chat, crops, images, texts, constrained=False):
-    """Asks for keypoints. images uint8 (P, 3, size, size), the pixels of `crops`; texts: for each photo its (name, description)s.
-
-    -> for each photo a list of (point, confidence), the point in pixels of its photo or None if the answer was no coordinates.
-    """
-    device = model.projection.weight.device
-    questions = [[chat.question(*text) for text in asked] for asked in texts]
-    told = model.locate(normalize(images.to(device)), questions, chat, constrained)
-    results = []
-    for crop, answers in zip(crops, told):
-        points = [chat.parse(ids) for ids, _ in answers]
-        results.append([(p and tuple(crop.to_photo(p).tolist()), sure) for p, (_, sure) in zip(points, answers)])
-    return results
-
-
-def predict_objects(model, chat, objects, categories, args, device_batches):
+def predict_objects(model, chat, objects, categories, batches, constrained):
     """-> {index of object: [(point, confidence), ...]}, None for a photo that cannot be read."""
     results = {}
-    for batch in device_batches:
+    for batch in batches:
         results.update({i: None for i, image in batch if image is None})
         batch = [(i, image) for i, image in batch if image is not None]
         if batch:
             indices, images = zip(*batch)
             texts = [categories[objects[i].category].keypoints for i in indices]
-            told = predict(model, chat, [crop_of(objects[i]) for i in indices], torch.stack(images), texts, args.constrained)
+            told = predict(model, chat, [crop_of(objects[i]) for i in indices], torch.stack(images), texts, constrained)
             results.update(zip(indices, told))
     return results
 
 
 # ---------------------------------------------------------------------------------------------------------------- picture
-
-
-def palette(n):
-    """n colours that are easy to tell apart on a photo."""
-    return [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / n, 0.85 if i % 2 else 0.6, 1)) for i in range(n)]
-
-
-def draw_object(path, crop, names, predicted, true=None, side=360):
-    """A tile: the crop with predicted points (dots), the true ones (rings, a line to the dot), and the names beside."""
-    font = ImageFont.load_default(size=12)
-    photo = Image.fromarray(crop.cut(path, side).permute(1, 2, 0).numpy())
-    columns = -(-len(names) // 22)
-    tile = Image.new("RGB", (side + 190 * columns, side), "white")
-    tile.paste(photo)
-    scale = 3  # drawn large and reduced, for smooth edges
-    overlay = tile.resize([scale * n for n in tile.size])
-    pen = ImageDraw.Draw(overlay)
-    for k, colour in enumerate(palette(len(names))):
-        def spot(point):
-            return tuple(scale * side * crop.from_photo(np.array(point)))
-        if true is not None and true[k] is not None:
-            x, y = spot(true[k])
-            if predicted[k]:
-                pen.line([(x, y), spot(predicted[k])], fill=colour, width=4)
-            pen.ellipse([x - 17, y - 17, x + 17, y + 17], outline="black", width=10)
-            pen.ellipse([x - 15, y - 15, x + 15, y + 15], outline=colour, width=6)
-        if predicted[k]:
-            x, y = spot(predicted[k])
-            pen.ellipse([x - 13, y - 13, x + 13, y + 13], fill=colour, outline="black", width=3)
-        x, y = scale * (side + 12 + 190 * (k // 22)), scale * (14 + 16 * (k % 22))
-        pen.ellipse([x - 13, y - 13, x + 13, y + 13], fill=colour if predicted[k] else None, outline="black", width=3)
-    tile = overlay.resize(tile.size, Image.Resampling.LANCZOS)
-    pen = ImageDraw.Draw(tile)
-    for k, name in enumerate(names):
-        pen.text((side + 22 + 190 * (k // 22), 14 + 16 * (k % 22)), name, fill="black", font=font, anchor="lm")
-    return tile
 
 
 def contact_sheet(path, objects, predictions, categories, root, n=12):
@@ -285,7 +234,7 @@ def main(argv):
     # similar numbers of keypoints side by side, so that processes and batches get equal shares
     order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))[rank::world]
     loader = DataLoader(Photos(objects, order, root, trained.image_size), args.batch, collate_fn=list, num_workers=args.workers)
-    results = predict_objects(model, chat, objects, categories, args, tqdm(loader, disable=rank > 0, dynamic_ncols=True))
+    results = predict_objects(model, chat, objects, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True), args.constrained)
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, results)

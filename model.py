@@ -130,7 +130,7 @@ class Rows:
 
     def extend(self, blocks):
         """Reads one more block of tokens in each row: a list of R token lists of any length -> hidden states (R, T, D)."""
-        R, T, device = len(blocks), max(map(len, blocks)), self.real.device
+        T, device = max(map(len, blocks)), self.real.device
         tokens = torch.tensor([b + [0] * (T - len(b)) for b in blocks], device=device)
         new = torch.arange(T, device=device) < torch.tensor([len(b) for b in blocks], device=device)[:, None]  # (R, T), not padding
         positions = self.real.sum(1, keepdim=True) + torch.arange(T, device=device)  # padding and struck drafts take no place

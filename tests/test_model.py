@@ -117,7 +117,8 @@ def made_up(shared, counts):
     torch.manual_seed(0)
     model = CapeLLM.load(folder / "vit", folder / "llm", image_size=56).eval()
     lengths = iter(torch.randint(1, 12, (sum(counts),)).tolist())
-    return model, torch.randn(len(counts), 3, 56, 56), [[torch.randint(3, 512, (next(lengths),)).tolist() for _ in range(n)] for n in counts]
+    questions = [[torch.randint(3, 512, (next(lengths),)).tolist() for _ in range(n)] for n in counts]
+    return model, torch.randn(len(counts), 3, 56, 56), questions
 
 
 @pytest.mark.parametrize("numbers", [1, 3])

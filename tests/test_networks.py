@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -34,13 +33,11 @@ def save_random(directory, kind, max_shard_size="5GB", **config):
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
-
 # ---- Llama ----
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 LLAMA = dict(kind="LlamaForCausalLM", vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=131072, rms_norm_eps=1e-5, max_shard_size="64KB",
-             rope_parameters=dict(LLAMA3, factor=8.0))
+             num_key_value_heads=2, max_position_embeddings=131072, max_shard_size="64KB", rope_parameters=dict(LLAMA3, factor=8.0))
 FAMILIES = {
     "llama-3.1": LLAMA,
     "llama-3.2-1b": LLAMA | dict(rope_parameters=dict(LLAMA3, factor=32.0), head_dim=32, tie_word_embeddings=True, rms_norm_eps=1e-2),
@@ -67,7 +64,6 @@ def base(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family, old_config, tmp_path):
     theirs = save_random(tmp_path, **FAMILIES[family])
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
     if old_config:  # as written before rope_parameters; what equals the defaults of that time is left out
         config = json.loads((tmp_path / "config.json").read_text())
         rope = config.pop("rope_parameters")
@@ -79,10 +75,10 @@ def test_logits_equal_transformers(family, old_config, tmp_path):
     assert want.std() > 0.5  # else 1e-5 would mean little
     close(logits(ours), want)
     close(logits(ours, None), theirs(IDS).logits)  # without positions they are 0, 1, 2, ...
-    rope = ours.config.rope
-    for key in rope.keys() - {"rope_type"}:  # each of which these positions would show to be wrong
-        ours.config = replace(ours.config, rope=rope | {key: rope[key] * 1.5})
+    for key in ours.config.rope.keys() - {"rope_type"}:  # each setting matters here
+        ours.config.rope[key] *= 1.5
         assert (logits(ours) - want).abs().max() > 1e-2, key
+        ours.config.rope[key] /= 1.5
 
 
 def test_blocks_behind_a_cache_equal_one_pass(base):
@@ -103,8 +99,7 @@ def test_padded_rows_of_different_lengths_share_a_prefix(base):
     questions, seconds = IDS[0, 7:22].view(3, 5), IDS[1, :6].view(3, 2)
     keys = F.pad(torch.arange(5) < lengths[:, None], (7, 2), value=True)  # (3, 14): all but the padding of `questions`
     mask = torch.ones(14, 14, dtype=torch.bool).tril() & keys[:, None, None]  # (3, 1, 14, 14)
-    _, cache = base(base.embed_tokens(prefix))
-    cache = [(k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for k, v in cache]
+    cache = [(k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for k, v in base(base.embed_tokens(prefix))[1]]
     first, cache = base(base.embed_tokens(questions), (7 + torch.arange(5)).expand(3, -1), mask[:, :, 7:12, :12], cache)
     second, _ = base(base.embed_tokens(seconds), 7 + lengths[:, None] + torch.arange(2), mask[:, :, 12:], cache)
     for row, n in enumerate(lengths):
@@ -114,8 +109,8 @@ def test_padded_rows_of_different_lengths_share_a_prefix(base):
 
 # ---- ViT ----
 
-VIT = dict(kind="Dinov2Model", hidden_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=14, image_size=70, layer_norm_eps=.01)
-REGISTERS = VIT | dict(kind="Dinov2WithRegistersModel", num_register_tokens=4)
+VIT = dict(kind="Dinov2Model", hidden_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=70, layer_norm_eps=1e-2)
+REGISTERS = VIT | dict(kind="Dinov2WithRegistersModel", num_register_tokens=4, patch_size=14)
 
 
 @torch.no_grad()
@@ -129,8 +124,7 @@ def test_patch_tokens_equal_transformers(config, size, tmp_path):
     want = theirs(photos).last_hidden_state[:, 1 + config.get("num_register_tokens", 0):]
     assert want.shape == (2, (size // 14) ** 2, 48) and want.std() > 0.3
     close(ViT.load(tmp_path, image_size=size)(photos), want)
-    half = ViT.load(tmp_path, image_size=size, dtype=torch.bfloat16)(photos.bfloat16())
-    assert half.dtype == torch.bfloat16 and (half - want).std() < 0.05
+    close(ViT.load(tmp_path, size, torch.bfloat16)(photos.bfloat16()), want.bfloat16(), atol=0.2)
 
 
 @torch.no_grad()
@@ -205,8 +199,6 @@ def test_dropout_acts_on_the_update_alone_and_in_training_alone():
     still, moving = (layer.train(mode)(x) - layer.base(x) for mode in (False, True))
     assert still.std(dim=0).max() < 1e-5 and moving.std(dim=0).min() > 0.1
     close(moving.mean(0), still[0], atol=0.05)  # unbiased: what is kept is scaled up
-    layer.lora_B.zero_()
-    assert torch.equal(layer(x), layer.base(x))
 
 
 def test_a_bf16_base_keeps_fp32_adapters_and_gives_bf16(base, tmp_path):
@@ -244,21 +236,18 @@ def edit_config(**change):
     return lambda d: (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | change))
 
 
-def edit_weights(**change):
-    """Puts tensors into the first file, or drops them where None is given."""
-    def edit(d):
-        path = min(d.glob("*.safetensors"))
-        save_file({name: t.clone() for name, t in (load_file(path) | change).items() if t is not None}, path)
-    return edit
+def edit_weights(file, **change):
+    """Puts tensors into a file, or drops them where None is given."""
+    return lambda d: save_file({k: t.clone() for k, t in (load_file(d / file) | change).items() if t is not None}, d / file)
 
 
 INDEX, FIRST, LAST = "model.safetensors.index.json", "model-00001-of-00006.safetensors", "model-00006-of-00006.safetensors"
 KEY, TWIN = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight"  # in the first file, in the fourth
 BROKEN = {  # what is done to the folder, and what the message must say
-    "missing tensor": (edit_weights(**{KEY: None}), [INDEX, "layers.0.self_attn.k_proj.weight"]),
-    "extra tensor": (edit_weights(spare=torch.ones(2)), [FIRST, "spare"]),
-    "tensor twice": (edit_weights(**{TWIN: torch.ones(32, 64)}), ["model-00004-of", TWIN]),
-    "wrong shape": (edit_weights(**{KEY: torch.ones(32, 48)}), [FIRST, KEY, "(32, 48)", "(32, 64)"]),
+    "missing tensor": (edit_weights(FIRST, **{KEY: None}), [INDEX, "layers.0.self_attn.k_proj.weight"]),
+    "extra tensor": (edit_weights(FIRST, spare=torch.ones(2)), [FIRST, "spare"]),
+    "tensor twice": (edit_weights(FIRST, **{TWIN: torch.ones(32, 64)}), ["model-00004-of", TWIN]),
+    "wrong shape": (edit_weights(FIRST, **{KEY: torch.ones(32, 48)}), [FIRST, KEY, "(32, 48)", "(32, 64)"]),
     "truncated shard": (lambda d: (d / LAST).write_bytes((d / LAST).read_bytes()[:-100]), [LAST, "truncated"]),
     "index names an absent shard": (lambda d: (d / LAST).unlink(), [LAST, "missing"]),
     "absent index": (lambda d: (d / INDEX).unlink(), [INDEX, "neither model.safetensors"]),
@@ -271,6 +260,7 @@ BROKEN = {  # what is done to the folder, and what the message must say
     "sliding window": (edit_config(model_type="mistral", sliding_window=4096), ["config.json", "sliding window"]),
     "other rope": (edit_config(rope_parameters=dict(rope_type="yarn")), ["config.json", "yarn"]),
     "llama3 rope without factor": (edit_config(rope_parameters=LLAMA3), ["config.json", "factor"]),
+    "vit: missing tensor": (edit_weights("model.safetensors", **{"layernorm.bias": None}), ["model.safetensors: ", "norm.bias"]),
     "vit: other network": (edit_config(model_type="vit"), ["config.json", "'vit'"]),
     "vit: patches that do not fit": (edit_config(patch_size=16), ["70", "patch size 16"]),
 }
