@@ -207,7 +207,8 @@ class Chat:
             self.template.pop()
         if len(set(map(len, answers))) > 1:  # numbers split at random places: nothing is known beforehand
             self.template = [None] * max(map(len, answers))
-        self.digits = sorted({token for column in columns if len(column) > 1 for token in column})
+        n_tokens = self.template.count(None) // 2  # of a coordinate: 1 or 3
+        self.digits = [a[len(self.template) - 1] for a in answers[:10 ** (3 // n_tokens)]]  # the tokens 000 ... 999, or 0 ... 9
 
     def encode(self, text):
         return self.tokenizer.encode(text.removeprefix(" ") if self.adds_space else text, add_special_tokens=False).ids
@@ -232,10 +233,29 @@ class Chat:
         match = re.match(r"\s*\[(0\.\d{3}|1\.000),(0\.\d{3}|1\.000)(?!\d)", self.tokenizer.decode(ids))
         return (float(match[1]), float(match[2])) if match else None
 
+    def coordinates(self, ids, spread, decode="greedy"):
+        """What CapeLLM.locate() says of a question -> ((x, y) or None, confidence: the probability of the digits chosen).
+
+        "median" and "mean" are those of the distribution over 0.000 ... 0.999. Digit by digit, the model tells it for the digits
+        that follow the chosen ones; within the others it is taken to be flat.
+        """
+        point = self.parse(ids)
+        if point is None or len(spread) != self.template.count(None):
+            return point, 0.0
+        chosen = [self.digits.index(token) for token, known in zip(ids, self.template) if known is None]
+        n, point_of = len(chosen) // 2, []
+        for slots in range(n), range(n, 2 * n):
+            p, mass, start, width = np.zeros(1000), 1.0, 0, 1000
+            for i in slots:
+                width //= len(self.digits)
+                p[start:start + width * len(self.digits)] = np.repeat(mass * spread[i] / width, width)
+                start, mass = start + width * chosen[i], mass * spread[i][chosen[i]]
+            point_of.append({"greedy": start, "median": (p.cumsum() < p.sum() / 2).sum(), "mean": p @ np.arange(1000)}[decode] / 1000)
+        return tuple(point_of), float(np.prod([p[c] for p, c in zip(spread, chosen)]))
+
     def conversation(self, rounds):
-        """[((name, description), (x, y)), ...] -> ids and labels: two lists of equal length, BOS first, without the image."""
-        ids = [self.bos, *self.newline]
-        labels = [IGNORE] * len(ids)
+        """[((name, description), (x, y)), ...] -> its ids and labels, two lists of equal length, without BOS and "\n"."""
+        ids, labels = [], []
         for (name, description), (x, y) in rounds:
             question, answer = self.question(name, description), self.answer(x, y)
             ids += question + answer
@@ -248,11 +268,11 @@ class Chat:
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation to train on: an object, its crop, and the indices of the keypoints asked."""
+    """What is trained on: an object, its crop, and groups of keypoints (indices), each asked in a conversation of its own."""
 
     object: Object
     crop: Crop
-    keypoints: list
+    groups: list
 
 
 def group_keypoints(n, k, rng):
@@ -264,29 +284,35 @@ def group_keypoints(n, k, rng):
     return [*full, last]
 
 
-def plan_epoch(objects, seed, epoch, rounds):
+def plan_epoch(objects, seed, epoch, rounds, pack=False):
     """All examples of an epoch in the order of training, drawn from (seed, epoch, object) alone.
 
-    Each gets its own augmentation: side x N(1, 0.3) within 0.7 ... 1.3, turned by up to 40 degrees half of the time.
-    Keypoints that are hidden or fall outside the crop are not asked; an example with none left is dropped.
+    Each is one group of keypoints, or with `pack` all groups of an object, and has its own augmentation: side x N(1, 0.3) within
+    0.7 ... 1.3, turned by up to 40 degrees half of the time. Keypoints that are hidden or fall outside the crop are not asked; an
+    example with none left is dropped.
     """
     examples = []
     for i, o in enumerate(objects):
         rng = np.random.default_rng((seed, epoch, i))
-        for group in group_keypoints(len(o.keypoints), rounds, rng):
+        groups = group_keypoints(len(o.keypoints), rounds, rng)
+        for together in [groups] if pack else [[group] for group in groups]:
             scale = np.clip(rng.normal(1, 0.3), 0.7, 1.3)
             angle = math.radians(rng.uniform(-40, 40)) if rng.random() < 0.5 else 0.0
             crop = crop_of(o, scale, angle)
-            where = crop.from_photo(o.keypoints[group])
-            inside = o.visible[group] & ((where >= 0) & (where < 1)).all(axis=1)
-            if inside.any():
-                examples.append(Example(o, crop, [k for k, ok in zip(group, inside) if ok]))
+            where = crop.from_photo(o.keypoints)
+            inside = o.visible & ((where >= 0) & (where < 1)).all(axis=1)
+            asked = [[k for k in group if inside[k]] for group in together]
+            if any(asked):
+                examples.append(Example(o, crop, [group for group in asked if group]))
     order = np.random.default_rng((seed, epoch)).permutation(len(examples))
     return [examples[i] for i in order]
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """Examples -> {"image": uint8 (3, size, size), "tokens": list, "labels": list}."""
+    """Examples -> {"image": uint8 (3, size, size), "tokens", "labels", "groups": lists of equal length}.
+
+    groups tells the conversation of each token, from 1; 0 for BOS and "\n", which all share.
+    """
 
     def __init__(self, examples, categories, chat, root, size):
         self.examples, self.categories, self.chat, self.root, self.size = examples, categories, chat, root, size
@@ -298,17 +324,25 @@ class TrainingSet(torch.utils.data.Dataset):
         e = self.examples[i]
         texts = self.categories[e.object.category].keypoints
         where = e.crop.from_photo(e.object.keypoints)
-        tokens, labels = self.chat.conversation([(texts[k], where[k]) for k in e.keypoints])
-        return {"image": e.crop.cut(Path(self.root, "images", e.object.photo), self.size), "tokens": tokens, "labels": labels}
+        tokens = [self.chat.bos, *self.chat.newline]
+        labels, groups = [IGNORE] * len(tokens), [0] * len(tokens)
+        for number, group in enumerate(e.groups, 1):
+            ids, learned = self.chat.conversation([(texts[k], where[k]) for k in group])
+            tokens, labels, groups = tokens + ids, labels + learned, groups + [number] * len(ids)
+        image = e.crop.cut(Path(self.root, "images", e.object.photo), self.size)
+        return {"image": image, "tokens": tokens, "labels": labels, "groups": groups}
 
 
 def collate(examples):
-    """A micro-batch -> images uint8 (B, 3, size, size), tokens and labels (B, T). Padded on the right, where the causal
-    attention of real tokens never looks."""
+    """A micro-batch -> images uint8 (B, 3, size, size); tokens, labels and groups (B, T), groups None if none is packed.
+
+    Padded on the right, where the causal attention of real tokens never looks.
+    """
     T = max(len(e["tokens"]) for e in examples)
-    tokens = torch.zeros(len(examples), T, dtype=torch.long)
-    labels = torch.full((len(examples), T), IGNORE)
-    for b, e in enumerate(examples):
-        tokens[b, :len(e["tokens"])] = torch.tensor(e["tokens"])
-        labels[b, :len(e["labels"])] = torch.tensor(e["labels"])
-    return torch.stack([e["image"] for e in examples]), tokens, labels
+
+    def pad(key, filler):
+        return torch.tensor([e[key] + [filler] * (T - len(e[key])) for e in examples])
+
+    packed = any(max(e["groups"]) > 1 for e in examples)
+    images = torch.stack([e["image"] for e in examples])
+    return images, pad("tokens", 0), pad("labels", IGNORE), pad("groups", 0) if packed else None

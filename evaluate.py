@@ -126,7 +126,7 @@ class Photos(torch.utils.data.Dataset):
             return self.indices[i], None
 
 
-def predict_objects(model, chat, objects, categories, batches, constrained):
+def predict_objects(model, chat, objects, categories, batches, constrained, decode):
     """-> {index of object: [(point, confidence), ...]}, None for a photo that cannot be read."""
     results = {}
     for batch in batches:
@@ -135,7 +135,7 @@ def predict_objects(model, chat, objects, categories, batches, constrained):
         if batch:
             indices, images = zip(*batch)
             texts = [categories[objects[i].category].keypoints for i in indices]
-            told = predict(model, chat, [crop_of(objects[i]) for i in indices], torch.stack(images), texts, constrained)
+            told = predict(model, chat, [crop_of(objects[i]) for i in indices], torch.stack(images), texts, constrained, decode)
             results.update(zip(indices, told))
     return results
 
@@ -192,6 +192,7 @@ def parse_arguments(argv):
     parser.add_argument("--vit", help="likewise")
     parser.add_argument("--protocol", choices=["query", "pairs"], default="query", help="Table 2: each object once, or support-query pairs")
     parser.add_argument("--constrained", action="store_true", help="force the format of answers, so that none is malformed")
+    parser.add_argument("--decode", choices=["greedy", "median", "mean"], default="greedy", help="of the distribution of each coordinate")
     parser.add_argument("--allow-missing", action="store_true", help="go on without objects whose photo or prediction is missing")
     parser.add_argument("--batch", type=int, default=8, help="photos asked at a time")
     parser.add_argument("--workers", type=int, default=2, help="processes that read photos, per GPU")
@@ -234,7 +235,8 @@ def main(argv):
     # similar numbers of keypoints side by side, so that processes and batches get equal shares
     order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))[rank::world]
     loader = DataLoader(Photos(objects, order, root, trained.image_size), args.batch, collate_fn=list, num_workers=args.workers)
-    results = predict_objects(model, chat, objects, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True), args.constrained)
+    results = predict_objects(model, chat, objects, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True),
+                              args.constrained, args.decode)
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, results)
@@ -252,7 +254,7 @@ def main(argv):
     out = Path(args.out or Path(args.checkpoint).parent)
     write_json(args.report or out / "report.json", report)
     write_json(out / "predictions.json", [
-        {"annotation_id": o.id, "keypoints": points, "confidence": [round(sure, 4) for _, sure in told]}
+        {"annotation_id": o.id, "keypoints": points, "confidence": [round(confidence, 4) for _, confidence in told]}
         for o, points, told in zip(objects, predictions, results)])
     contact_sheet(out / "predictions.png", objects, predictions, categories, root)
     print(f"wrote {out}/report.json, predictions.json, predictions.png")

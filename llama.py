@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(Exception):
@@ -149,6 +150,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.checkpoint_activations = False  # keep a block's input only and compute the rest again in the backward pass
 
     def forward(self, x, positions=None, mask=None, past=None):
         """x (B, T, D) embeddings -> hidden states (B, T, D) and the cache, a list of (k, v) per layer, each (B, G, S, d).
@@ -163,7 +165,10 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cache = []
         for i, layer in enumerate(self.layers):
-            x, kv = layer(x, cos, sin, mask, past[i] if past else None)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, kv = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
+            else:
+                x, kv = layer(x, cos, sin, mask, past[i] if past else None)
             cache.append(kv)
         return self.norm(x), cache
 

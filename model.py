@@ -45,41 +45,51 @@ class CapeLLM(nn.Module):
         dtype = self.llama.norm.weight.dtype
         return F.linear(features.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
-    def forward(self, images, tokens, labels):
-        """The training loss of conversations, one photo each.
+    def forward(self, images, tokens, labels, groups=None):
+        """The training loss: cross-entropy, averaged over the labels of a conversation and then over conversations.
 
         images (B, 3, h, w) normalised; tokens (B, T) with BOS first, padded on the right; labels (B, T), negative where a token
-        is not to be learned. Cross-entropy, averaged over the labels of a conversation and then over conversations.
+        is not to be learned. A row may pack several conversations about its photo: groups (B, T) then says to which each token
+        belongs, 0 being what all share (BOS and "\n"); each sees the photo and itself, as if it were alone.
         """
         image = self.see(images)
         text = self.llama.embed_tokens(tokens)
-        hidden, _ = self.llama(torch.cat((text[:, :1], image, text[:, 1:]), dim=1))  # (B, N + T, D)
+        x = torch.cat((text[:, :1], image, text[:, 1:]), dim=1)  # (B, N + T, D)
+        mask = positions = None  # causal attention over 0, 1, 2, ...
+        if groups is not None:
+            g = F.pad(groups, (image.shape[1], 0))  # BOS and photo are group 0
+            mask = ((g[:, None] == g[:, :, None]) | (g[:, None] == 0)).tril()  # (B, N + T, N + T)
+            positions, mask = mask.sum(-1) - 1, mask[:, None]  # a token's position is the number of tokens it sees before it
+        hidden, _ = self.llama(x, positions, mask)
         N, learned = image.shape[1], labels[:, 1:] >= 0
         # Position N + j holds token j and predicts token j + 1. Logits only where there is something to learn: one position
         # costs a product with the whole vocabulary, and nine in ten are questions and photo.
         logits = self.llama.lm_head(hidden[:, N:-1][learned])
         losses = F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="none")
-        share = 1 / learned.sum(dim=1, keepdim=True).expand_as(learned)[learned]
-        return (losses * share).sum() / len(labels)
+        conversation = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(learned)
+        if groups is not None:
+            conversation = conversation * (groups.max() + 1) + groups[:, 1:]
+        n_labels = conversation[learned].bincount()
+        return (losses / n_labels[conversation[learned]]).sum() / (n_labels > 0).sum()
 
     @torch.no_grad()
     def locate(self, images, questions, chat, constrained=False):
         """Asks each photo its questions. images (P, 3, h, w) normalised; questions: for each photo a list of token lists.
 
-        -> for each photo a list of (ids, confidence), one per question: the tokens that greedy decoding gives, up to the last
-        digit of y, and the probability of the digits chosen, among digits.
+        -> for each photo a list of (ids, spread), one per question: the tokens that greedy decoding gives, up to the last digit
+        of y, and for each digit token among them the distribution over chat.digits that it was chosen from.
 
         Greedy decoding one token at a time would take a dozen passes, yet most tokens of an answer, " [0." and ",0.", are known
-        beforehand. They are fed along as a draft; the logits of that same pass tell whether the model would have said so. Where
-        it would not, its own token is taken, the rest of the draft is struck from the cache, and the row goes on token by token.
-        With a tokenizer that has all three-digit numbers this makes three passes: photo, questions -> x, ",0." -> y.
-        `constrained` accepts every draft and chooses among digits only, so that no answer is malformed.
+        beforehand. They are fed along as a draft, and the logits of that same pass tell whether the model would have said so.
+        Where it would not, its own token is taken, the rest of the draft is struck from the cache, and the row goes on token by
+        token: the result is greedy decoding's by construction. With a tokenizer that has all three-digit numbers it takes three
+        passes: photo, question -> x, ",0." -> y. `constrained` accepts every draft and chooses among digits only, so that no
+        answer is malformed.
         """
         photo_of = [p for p, asked in enumerate(questions) for _ in asked]
         rows = Rows(self.llama, self.read_photos(images, chat), photo_of)
-        digits = torch.tensor(chat.digits, device=images.device)
-        answers, confidence = [[] for _ in photo_of], [1.0] * len(photo_of)
-        active = list(range(len(photo_of)))  # which answers the rows belong to
+        answers, spreads = [[] for _ in photo_of], [[] for _ in photo_of]
+        active = list(range(len(photo_of)))  # the answers that the rows belong to
         drafts = [chat.draft([]) for _ in active]
         blocks = [question + draft for question, draft in zip(sum(questions, []), drafts)]
         while active:
@@ -87,20 +97,19 @@ class CapeLLM(nn.Module):
             # a block that ends in a draft of n tokens yields n + 1 predictions of use: n that check it and a new one
             places = [(r, t) for r, (b, d) in enumerate(zip(blocks, drafts)) for t in range(len(b) - len(d) - 1, len(b))]
             logits = self.llama.lm_head(hidden[tuple(zip(*places))]).float()  # (places, vocabulary)
-            p, best = logits[:, digits].softmax(-1).max(-1)
-            told = list(zip(logits.argmax(-1).tolist(), digits[best].tolist(), p.tolist()))
+            predictions = iter(zip(logits.argmax(-1).tolist(), logits[:, chat.digits].softmax(-1).cpu().numpy()))
             struck = []
             for i, draft in zip(active, drafts):
-                before, predictions, told = len(answers[i]), told[:len(draft) + 1], told[len(draft) + 1:]
-                for expected, (token, digit, p) in zip([*draft, None], predictions):
+                here = [next(predictions) for _ in range(len(draft) + 1)]
+                for taken, ((token, p), expected) in enumerate(zip(here, [*draft, None]), 1):
                     if constrained:
-                        token = digit if expected is None else expected
+                        token = chat.digits[p.argmax()] if expected is None else expected
                     if chat.template[len(answers[i])] is None:
-                        confidence[i] *= p if token == digit else 0
+                        spreads[i].append(p)
                     answers[i].append(token)
                     if token != expected:
                         break
-                struck.append(before + len(draft) + 1 - len(answers[i]))
+                struck.append(len(here) - taken)
             rows.forget(struck)
             going = [r for r, i in enumerate(active) if len(answers[i]) < len(chat.template) and answers[i][-1] != chat.eos]
             if len(going) < len(active):
@@ -108,7 +117,7 @@ class CapeLLM(nn.Module):
             active = [active[r] for r in going]
             drafts = [chat.draft(answers[i]) for i in active]
             blocks = [[answers[i][-1], *draft] for i, draft in zip(active, drafts)]
-        results = iter(zip(answers, confidence))
+        results = iter(zip(answers, spreads))
         return [[next(results) for _ in asked] for asked in questions]
 
     def read_photos(self, images, chat):

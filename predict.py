@@ -19,8 +19,9 @@ from llama import InputError, read_json
 from train import load_model, read_checkpoint, run, start_processes
 
 
-def predict(model, chat, crops, images, texts, constrained=False):
-    """Asks for keypoints. images uint8 (P, 3, size, size), the pixels of `crops`; texts: for each photo its (name, description)s.
+def predict(model, chat, crops, images, texts, constrained=False, decode="greedy"):
+    """Asks for keypoints. images uint8 (P, 3, size, size), the pixels of `crops`; texts: for each photo its (name, description)s;
+    constrained and decode as in CapeLLM.locate() and Chat.coordinates().
 
     -> for each photo a list of (point, confidence), the point in pixels of its photo or None if the answer was no coordinates.
     """
@@ -29,8 +30,8 @@ def predict(model, chat, crops, images, texts, constrained=False):
     told = model.locate(normalize(images.to(device)), questions, chat, constrained)
     results = []
     for crop, answers in zip(crops, told):
-        points = [chat.parse(ids) for ids, _ in answers]
-        results.append([(p and tuple(crop.to_photo(p).tolist()), sure) for p, (_, sure) in zip(points, answers)])
+        read = [chat.coordinates(ids, spread, decode) for ids, spread in answers]
+        results.append([(point and tuple(crop.to_photo(point).tolist()), confidence) for point, confidence in read])
     return results
 
 
@@ -123,8 +124,8 @@ def main(argv):
     crop = Crop(x + w / 2, y + h / 2, max(w, h))
     [told] = predict(model, chat, [crop], crop.cut(args.photo, trained.image_size)[None], [keypoints])
     print(f"{'x':>9}{'y':>9}{'confidence':>12}  keypoint")
-    for (name, _), (point, sure) in zip(keypoints, told):
-        print(f"{point[0]:9.1f}{point[1]:9.1f}{sure:12.2f}  {name}" if point else f"{'no coordinates in the answer':>30}  {name}")
+    for (name, _), (point, confidence) in zip(keypoints, told):
+        print(f"{point[0]:9.1f}{point[1]:9.1f}{confidence:12.2f}  {name}" if point else f"{'no coordinates in the answer':>30}  {name}")
     picture = Path(args.out or f"{Path(args.photo).stem}.keypoints.png")
     draw_object(args.photo, crop, [name for name, _ in keypoints], [point for point, _ in told], side=720).save(picture)
     print(f"wrote {picture}")

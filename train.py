@@ -58,6 +58,10 @@ def parse_arguments(argv):
     recipe.add_argument("--rounds", type=int, default=4, help="keypoints asked in a conversation")
     recipe.add_argument("--seed", type=int, default=42)
     running = parser.add_argument_group("running")
+    running.add_argument("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch then counts "
+                         "photos, and all keypoints of a photo are in the same step and crop")
+    running.add_argument("--checkpoint-activations", action="store_true", help="half the memory for half as much work again")
+    running.add_argument("--compile", action="store_true", help="torch.compile every block")
     running.add_argument("--workers", type=int, default=4, help="processes that read photos, per GPU")
     running.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     running.add_argument("--log-every", type=int, default=1, help="steps between log lines")
@@ -161,7 +165,7 @@ def main(argv):
     chat, categories = Chat(args.llm), read_descriptions(args.descriptions)
     objects = read_objects(Path(args.data, "annotations", f"mp100_split{args.split}_train.json"), categories)
     objects = existing_photos(objects, args.data, categories, args.allow_missing)
-    epoch_steps = [math.ceil(len(plan_epoch(objects, args.seed, e, args.rounds)) / args.batch) for e in range(args.epochs)]
+    epoch_steps = [math.ceil(len(plan_epoch(objects, args.seed, e, args.rounds, args.pack)) / args.batch) for e in range(args.epochs)]
     steps = sum(epoch_steps)
     if not steps:
         raise InputError(f"{args.data}: split {args.split} has no keypoint to train on")
@@ -174,6 +178,10 @@ def main(argv):
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
+    model.llama.checkpoint_activations = args.checkpoint_activations
+    if args.compile:
+        for block in [*model.vit.blocks, *model.llama.layers]:
+            block.compile(dynamic=True)
     learner = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False) if world > 1 else model
     say(f"{len(objects)} objects of {len({o.category for o in objects})} categories, {steps} steps in {args.epochs} epochs")
     say(f"batch {args.batch} = micro-batch {args.micro_batch} x {world} processes x {accumulation} accumulated, on {device}")
@@ -188,17 +196,17 @@ def main(argv):
         done = step - sum(epoch_steps[:epoch])  # steps of this epoch, before a restart
         if done >= epoch_steps[epoch]:
             continue
-        examples = plan_epoch(objects, args.seed, epoch, args.rounds)
+        examples = plan_epoch(objects, args.seed, epoch, args.rounds, args.pack)
         loader = iter(DataLoader(TrainingSet(examples, categories, chat, args.data, args.image_size), collate_fn=collate,
                                  batch_sampler=list(batches_of(examples, args, rank, world, done)),
                                  num_workers=args.workers, pin_memory=device.type == "cuda"))
         for _ in range(epoch_steps[epoch] - done):
             began, n_tokens, loss = time.perf_counter(), 0, torch.zeros((), device=device)
             for i in range(accumulation):
-                images, tokens, labels = (t.to(device, non_blocking=True) for t in next(loader))
+                images, tokens, labels, groups = (t if t is None else t.to(device, non_blocking=True) for t in next(loader))
                 torch.manual_seed(args.seed + 2**20 * ((step * accumulation + i) * world + rank))  # dropout, by micro-batch
                 with learner.no_sync() if world > 1 and i < accumulation - 1 else nullcontext():
-                    micro_loss = learner(normalize(images), tokens, labels) / accumulation
+                    micro_loss = learner(normalize(images), tokens, labels, groups) / accumulation
                     micro_loss.backward()
                 loss += micro_loss.detach()
                 n_tokens += tokens.numel() + len(tokens) * model.vit.n_patches

@@ -1,7 +1,9 @@
 """The assembled network against the authors' numbers, and locate() against decoding one token at a time."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data import Chat
@@ -81,6 +83,38 @@ def test_padding_and_batching_change_nothing(authors):
     torch.testing.assert_close(both, sum(alone) / 2, atol=1e-6, rtol=0)
 
 
+def test_packed_conversations_have_the_loss_and_gradients_of_separate_ones(authors):
+    model, expected = authors
+    image, tokens, labels = expected["images"][:1], expected["tokens"][:1], expected["labels"][:1]
+    first, second = [(tokens[:, a:b], labels[:, a:b]) for a, b in ((2, 30), (30, 41))]  # 8 and 7 labels
+    shared = tokens[:, :2], labels[:, :2]
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in trained(model).values()]
+
+    apart = [model(image, torch.cat((shared[0], t), 1), torch.cat((shared[1], y), 1)) for t, y in (first, second)]
+    apart_loss, apart_grads = gradients(sum(apart) / 2)
+    groups = torch.tensor([[0, 0, *[1] * 28, *[2] * 11, *[0] * 3]])  # and padding
+    packed = [F.pad(torch.cat(parts, 1), (0, 3), value=v) for parts, v in zip(zip(shared, first, second), (0, -100))]
+    packed_loss, packed_grads = gradients(model(image, *packed, groups))
+    assert packed_loss == pytest.approx(apart_loss, abs=1e-6)
+    for a, b in zip(apart_grads, packed_grads):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_checkpointing_activations_changes_no_gradient(authors):
+    model, expected = authors
+    grads = []
+    for model.llama.checkpoint_activations in (False, True, False):
+        model.zero_grad()
+        model(expected["images"], expected["tokens"], expected["labels"]).backward()
+        grads.append([p.grad.clone() for p in trained(model).values()])
+    for plain, checkpointed, _ in zip(*grads):
+        torch.testing.assert_close(plain, checkpointed)
+
+
 # ------------------------------------------------------------------------------------------------------------ locate()
 
 
@@ -154,22 +188,23 @@ def test_answers_on_the_template_take_one_pass_a_digit_and_few_logits(shared, nu
 def test_constrained_answers_follow_the_template_and_choose_digits(shared):
     model, images, questions = made_up(shared, [2, 3])
     chat = TinyChat(3)
-    for ids, confidence in sum(model.locate(images, questions, chat, constrained=True), []):
+    for ids, spread in sum(model.locate(images, questions, chat, constrained=True), []):
         assert all(token == known if known else token in chat.digits for known, token in zip(chat.template, ids))
-        assert len(ids) == len(chat.template) and 300 ** -6 < confidence < 1
+        assert len(ids) == len(chat.template) and len(spread) == 6
 
 
 @torch.no_grad()
-def test_confidence_is_the_probability_of_the_digits_chosen(shared):
+def test_spread_is_the_distribution_over_the_digits(shared):
     model, images, questions = made_up(shared, [1])
     chat = TinyChat(1)
-    [[(ids, confidence)]] = model.locate(images, questions, chat, constrained=True)
-    by_hand, text = 1.0, [chat.bos, *chat.newline, *questions[0][0]]
+    [[(ids, spread)]] = model.locate(images, questions, chat, constrained=True)
+    text, by_hand = [chat.bos, *chat.newline, *questions[0][0]], []
     for known, token in zip(chat.template, ids):
         embedded = model.llama.embed_tokens(torch.tensor(text))
         hidden, _ = model.llama(torch.cat((embedded[:1], model.see(images)[0], embedded[1:]))[None])
         if known is None:
             scores = model.llama.lm_head(hidden[0, -1])[chat.digits].exp()
-            by_hand *= scores[chat.digits.index(token)] / scores.sum()
+            by_hand.append(scores / scores.sum())
+            assert token == chat.digits[scores.argmax()]
         text.append(token)
-    assert confidence == pytest.approx(by_hand.item(), rel=1e-4)
+    torch.testing.assert_close(torch.tensor(np.array(spread)), torch.stack(by_hand), atol=1e-6, rtol=1e-4)
