@@ -86,63 +86,70 @@ class CapeLLM(nn.Module):
         passes: photo, question -> x, ",0." -> y. `constrained` accepts every draft and chooses among digits only, so that no
         answer is malformed.
         """
-        photo_of = [p for p, asked in enumerate(questions) for _ in asked]
-        rows = Rows(self.llama, self.read_photos(images, chat), photo_of)
-        answers, spreads = [[] for _ in photo_of], [[] for _ in photo_of]
-        active = list(range(len(photo_of)))  # the answers that the rows belong to
-        drafts = [chat.draft([]) for _ in active]
-        blocks = [question + draft for question, draft in zip(sum(questions, []), drafts)]
-        while active:
-            hidden = rows.extend(blocks)  # (R, T, D)
-            # a block that ends in a draft of n tokens yields n + 1 predictions of use: n that check it and a new one
-            places = [(r, t) for r, (b, d) in enumerate(zip(blocks, drafts)) for t in range(len(b) - len(d) - 1, len(b))]
-            logits = self.llama.lm_head(hidden[tuple(zip(*places))]).float()  # (places, vocabulary)
-            predictions = iter(zip(logits.argmax(-1).tolist(), logits[:, chat.digits].softmax(-1).cpu().numpy()))
-            struck = []
-            for i, draft in zip(active, drafts):
-                here = [next(predictions) for _ in range(len(draft) + 1)]
-                for taken, ((token, p), expected) in enumerate(zip(here, [*draft, None]), 1):
-                    if constrained:
-                        token = chat.digits[p.argmax()] if expected is None else expected
-                    if chat.template[len(answers[i])] is None:
-                        spreads[i].append(p)
-                    answers[i].append(token)
-                    if token != expected:
-                        break
-                struck.append(len(here) - taken)
-            rows.forget(struck)
-            going = [r for r, i in enumerate(active) if len(answers[i]) < len(chat.template) and answers[i][-1] != chat.eos]
-            if len(going) < len(active):
-                rows.select(going)
-            active = [active[r] for r in going]
-            drafts = [chat.draft(answers[i]) for i in active]
-            blocks = [[answers[i][-1], *draft] for i, draft in zip(active, drafts)]
-        results = iter(zip(answers, spreads))
-        return [[next(results) for _ in asked] for asked in questions]
+        rows = self.read_photos(images, chat)
+        rows.select([p for p, asked in enumerate(questions) for _ in asked])
+        answers = iter(self.answer(rows, sum(questions, []), chat, constrained))
+        return [[next(answers) for _ in asked] for asked in questions]
 
     def read_photos(self, images, chat):
-        """BOS, image tokens and "\\n", read once per photo: the cache that all its questions share."""
+        """BOS, image tokens and "\n", read once per photo, whatever is asked about it: one row each."""
         start = self.llama.embed_tokens(torch.tensor([[chat.bos, *chat.newline]], device=images.device)).expand(len(images), -1, -1)
-        return self.llama(torch.cat((start[:, :1], self.see(images), start[:, 1:]), dim=1))[1]
+        _, cache = self.llama(torch.cat((start[:, :1], self.see(images), start[:, 1:]), dim=1))
+        return Rows(self.llama, cache)
+
+    def answer(self, rows, questions, chat, constrained):
+        """Asks each row its question: a list of (ids, spread), see locate()."""
+        answers, spreads = [[] for _ in questions], [[] for _ in questions]
+        drafts = [chat.draft([]) for _ in questions]
+        blocks = [question + draft for question, draft in zip(questions, drafts)]
+        while any(blocks):
+            hidden = rows.extend(blocks)  # (R, T, D)
+            # a block that ends in a draft of n tokens yields n + 1 predictions of use: n that check it and a new one
+            places = [(r, t) for r, block in enumerate(blocks) if block for t in range(len(block) - len(drafts[r]) - 1, len(block))]
+            logits = self.llama.lm_head(hidden[tuple(zip(*places))]).float()  # (places, vocabulary)
+            predictions = iter(zip(logits.argmax(-1).tolist(), logits[:, chat.digits].softmax(-1).cpu().numpy()))
+            struck = [0] * len(blocks)
+            for r, block in enumerate(blocks):
+                going = bool(block)
+                for expected in [*drafts[r], None] if block else []:
+                    token, p = next(predictions)
+                    if not going:  # this token of the draft came after one that was wrong
+                        struck[r] += 1
+                        continue
+                    if constrained:
+                        token = chat.digits[p.argmax()] if expected is None else expected
+                    if chat.template[len(answers[r])] is None:
+                        spreads[r].append(p)
+                    answers[r].append(token)
+                    going = token == expected
+            rows.forget(struck)
+            done = [len(answer) == len(chat.template) or answer[-1] == chat.eos for answer in answers]
+            drafts = [[] if end else chat.draft(answer) for end, answer in zip(done, answers)]
+            blocks = [[] if end else [answer[-1], *draft] for end, answer, draft in zip(done, answers, drafts)]
+        return list(zip(answers, spreads))
 
 
 class Rows:
-    """Conversations under way, one a row: the cached keys and values and which of its slots count."""
+    """Conversations under way, one a row: the cached keys and values, and which of the cache's slots count."""
 
-    def __init__(self, llama, cache, photo_of):
-        """cache as from read_photos(); photo_of[r] is the photo of row r."""
-        self.llama = llama
-        photo_of = torch.tensor(photo_of, device=cache[0][0].device)
-        self.cache = [(k[photo_of], v[photo_of]) for k, v in cache]  # each (R, heads, S, d)
-        R, S = len(photo_of), cache[0][0].shape[2]
-        self.real = torch.ones(R, S, dtype=torch.bool, device=photo_of.device)
+    def __init__(self, llama, cache):
+        """cache: what llama() returned for the beginning of all rows, without padding."""
+        self.llama, self.cache = llama, cache
+        R, _, S, _ = cache[0][0].shape
+        self.real = torch.ones(R, S, dtype=torch.bool, device=cache[0][0].device)
+
+    def select(self, rows):
+        """Goes on with these rows; one that is named several times goes several ways from here."""
+        rows = torch.tensor(rows, dtype=torch.long, device=self.real.device)
+        self.cache = [(k[rows], v[rows]) for k, v in self.cache]  # each (R, heads, S, d)
+        self.real = self.real[rows]
 
     def extend(self, blocks):
         """Reads one more block of tokens in each row: a list of R token lists of any length -> hidden states (R, T, D)."""
         T, device = max(map(len, blocks)), self.real.device
         tokens = torch.tensor([b + [0] * (T - len(b)) for b in blocks], device=device)
         new = torch.arange(T, device=device) < torch.tensor([len(b) for b in blocks], device=device)[:, None]  # (R, T), not padding
-        positions = self.real.sum(1, keepdim=True) + torch.arange(T, device=device)  # padding and struck drafts take no place
+        positions = self.real.sum(1, keepdim=True) + torch.arange(T, device=device)  # padding and struck tokens take no place
         past = self.real[:, None].expand(-1, T, -1)  # all that came before, and of the block what is not later: (R, T, S)
         mask = torch.cat((past, new[:, None] & new.new_ones(T, T).tril()), dim=2)[:, None]
         hidden, self.cache = self.llama(self.llama.embed_tokens(tokens), positions, mask, self.cache)
@@ -151,11 +158,5 @@ class Rows:
 
     def forget(self, counts):
         """Strikes the last counts[r] tokens of row r."""
-        counts = torch.tensor(counts, device=self.real.device)
         from_end = self.real.flip(1).cumsum(1).flip(1)  # 1 for the last token that counts, 2 for the one before, ...
-        self.real &= from_end > counts[:, None]
-
-    def select(self, rows):
-        """Goes on with some of the rows only."""
-        self.cache = [(k[rows], v[rows]) for k, v in self.cache]
-        self.real = self.real[rows]
+        self.real &= from_end > torch.tensor(counts, device=self.real.device)[:, None]

@@ -63,7 +63,7 @@ def test_greedy_tokens_equal_the_published_code(authors):
     with torch.no_grad():
         image, text = model.see(expected["images"]), model.llama.embed_tokens(prompt)
         _, cache = model.llama(torch.cat((text[:, :1], image), dim=1))
-        rows = Rows(model.llama, cache, range(len(prompt)))
+        rows = Rows(model.llama, cache)
         blocks, said = prompt[:, 1:].tolist(), []
         for _ in range(13):
             said.append(model.llama.lm_head(rows.extend(blocks)[:, -1]).argmax(-1))
