@@ -229,7 +229,7 @@ def main(argv):
                 save_checkpoint(path, args=vars(args), model=trainable_state(model), optimizer=optimizer.state_dict(), step=step,
                                 epoch=epoch)
     bar.close()
-    say(f"wrote {path}")
+    say(f"done: {path}")
 
 
 def memory_and_mfu(model, tokens_per_second, device):

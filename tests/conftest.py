@@ -38,9 +38,9 @@ def tiny(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator([(ROOT / "descriptions.json").read_text()], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=2000, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     vit_config = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56)
-    llm_config = dict(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    llm_config = dict(vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                       num_key_value_heads=2)
     for name, network, config in (("vit", ViT(ViTConfig(**vit_config)), {"model_type": "dinov2", **vit_config}),
                                   ("llm", Llama(LlamaConfig(**llm_config, head_dim=8, rope={"rope_theta": 1e4, "rope_type": "default"})),
