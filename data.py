@@ -193,8 +193,10 @@ class Chat:
         except Exception as e:  # the library raises nothing more specific
             raise InputError(f"{path}: not a readable tokenizer.json ({e})") from None
         config = read_json(Path(directory) / "config.json")
-        self.bos, eos = config["bos_token_id"], config["eos_token_id"]
+        self.bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
         self.eos = eos[0] if isinstance(eos, list) else eos
+        if self.bos is None or self.eos is None:
+            raise InputError(f"{directory}/config.json: bos_token_id or eos_token_id is missing")
         # SentencePiece tokenizers put a space before any text, which is the one our pieces bring along
         self.adds_space = self.tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
         self.newline = self.encode("\n")
@@ -236,22 +238,20 @@ class Chat:
     def coordinates(self, ids, spread, decode="greedy"):
         """What CapeLLM.locate() says of a question -> ((x, y) or None, confidence: the probability of the digits chosen).
 
-        "median" and "mean" are those of the distribution over 0.000 ... 0.999. Digit by digit, the model tells it for the digits
-        that follow the chosen ones; within the others it is taken to be flat.
+        decode: "greedy", or the "median" or "mean" of each coordinate's distribution over 0.000 ... 0.999.
         """
         point = self.parse(ids)
-        if point is None or len(spread) != self.template.count(None):
+        chosen = [self.digits.index(token) for token, known in zip(ids, self.template) if known is None and token in self.digits]
+        if point is None or not len(chosen) == len(spread) == self.template.count(None):
             return point, 0.0
-        chosen = [self.digits.index(token) for token, known in zip(ids, self.template) if known is None]
-        n, point_of = len(chosen) // 2, []
-        for slots in range(n), range(n, 2 * n):
-            p, mass, start, width = np.zeros(1000), 1.0, 0, 1000
-            for i in slots:
-                width //= len(self.digits)
-                p[start:start + width * len(self.digits)] = np.repeat(mass * spread[i] / width, width)
-                start, mass = start + width * chosen[i], mass * spread[i][chosen[i]]
-            point_of.append({"greedy": start, "median": (p.cumsum() < p.sum() / 2).sum(), "mean": p @ np.arange(1000)}[decode] / 1000)
-        return tuple(point_of), float(np.prod([p[c] for p, c in zip(spread, chosen)]))
+        n = len(chosen) // 2
+        confidence = float(np.prod([p[c] for p, c in zip(spread, chosen)]))
+        if decode == "greedy":
+            return point, confidence
+        x, y = number_distribution(spread[:n], chosen[:n]), number_distribution(spread[n:], chosen[n:])
+        if decode == "median":
+            return tuple((p.cumsum() < 0.5).sum() / 1000 for p in (x, y)), confidence
+        return tuple(p @ np.arange(1000) / 1000 for p in (x, y)), confidence
 
     def conversation(self, rounds):
         """[((name, description), (x, y)), ...] -> its ids and labels, two lists of equal length, without BOS and "\n"."""
@@ -261,6 +261,19 @@ class Chat:
             ids += question + answer
             labels += [IGNORE] * len(question) + answer
         return ids, labels
+
+
+def number_distribution(spread, chosen):
+    """The distributions of successive digits, each given the chosen ones before it -> that of the whole number, (1000,).
+
+    Of what would follow a digit that was not chosen nothing is known; there it is flat.
+    """
+    p, mass, start, width = np.zeros(1000), 1.0, 0, 1000
+    for digit, c in zip(spread, chosen):
+        width //= len(digit)
+        p[start:start + width * len(digit)] = np.repeat(mass * digit / width, width)
+        start, mass = start + width * c, mass * digit[c]
+    return p / p.sum()
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -296,7 +309,7 @@ def plan_epoch(objects, seed, epoch, rounds, pack=False):
         rng = np.random.default_rng((seed, epoch, i))
         groups = group_keypoints(len(o.keypoints), rounds, rng)
         for together in [groups] if pack else [[group] for group in groups]:
-            scale = np.clip(rng.normal(1, 0.3), 0.7, 1.3)
+            scale = min(max(rng.normal(1, 0.3), 0.7), 1.3)
             angle = math.radians(rng.uniform(-40, 40)) if rng.random() < 0.5 else 0.0
             crop = crop_of(o, scale, angle)
             where = crop.from_photo(o.keypoints)

@@ -141,12 +141,11 @@ def learning_rate(step, steps, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def batches_of(examples, args, rank, world, first_step):
-    """The micro-batches of an epoch that fall to this process: lists of indices. The last batch is filled from the first."""
-    for start in range(first_step * args.batch, len(examples), args.batch):
-        batch = [i % len(examples) for i in range(start, start + args.batch)]
-        micro_batches = [batch[i:i + args.micro_batch] for i in range(0, args.batch, args.micro_batch)]
-        yield from micro_batches[rank::world]
+def micro_batches(n, steps, args, rank, world):
+    """The share of this process in an epoch's steps (a range): lists of indices below n. What is short is filled from the start."""
+    for step in steps:
+        batch = [i % n for i in range(step * args.batch, (step + 1) * args.batch)]
+        yield from [batch[i:i + args.micro_batch] for i in range(0, args.batch, args.micro_batch)][rank::world]
 
 
 def main(argv):
@@ -165,10 +164,9 @@ def main(argv):
     chat, categories = Chat(args.llm), read_descriptions(args.descriptions)
     objects = read_objects(Path(args.data, "annotations", f"mp100_split{args.split}_train.json"), categories)
     objects = existing_photos(objects, args.data, categories, args.allow_missing)
-    epoch_steps = [math.ceil(len(plan_epoch(objects, args.seed, e, args.rounds, args.pack)) / args.batch) for e in range(args.epochs)]
-    steps = sum(epoch_steps)
-    if not steps:
-        raise InputError(f"{args.data}: split {args.split} has no keypoint to train on")
+    n_examples = len(objects) if args.pack else sum(math.ceil(len(o.keypoints) / args.rounds) for o in objects)
+    epoch_steps = math.ceil(n_examples / args.batch)
+    steps = args.epochs * epoch_steps
 
     # ---- network
     model = load_model(args, device, checkpoint)
@@ -192,15 +190,15 @@ def main(argv):
     # ---- training
     model.train()
     bar = tqdm(total=steps, initial=step, disable=rank > 0, dynamic_ncols=True)
-    for epoch in range(args.epochs):
-        done = step - sum(epoch_steps[:epoch])  # steps of this epoch, before a restart
-        if done >= epoch_steps[epoch]:
-            continue
+    for epoch in range(step // epoch_steps, args.epochs):
         examples = plan_epoch(objects, args.seed, epoch, args.rounds, args.pack)
+        if not examples:
+            raise InputError(f"{args.data}: split {args.split} has no visible keypoint to train on")
+        ahead = range(step - epoch * epoch_steps, epoch_steps)  # all of the epoch's steps, but for those before a restart
         loader = iter(DataLoader(TrainingSet(examples, categories, chat, args.data, args.image_size), collate_fn=collate,
-                                 batch_sampler=list(batches_of(examples, args, rank, world, done)),
+                                 batch_sampler=list(micro_batches(len(examples), ahead, args, rank, world)),
                                  num_workers=args.workers, pin_memory=device.type == "cuda"))
-        for _ in range(epoch_steps[epoch] - done):
+        for _ in ahead:
             began, n_tokens, loss = time.perf_counter(), 0, torch.zeros((), device=device)
             for i in range(accumulation):
                 images, tokens, labels, groups = (t if t is None else t.to(device, non_blocking=True) for t in next(loader))

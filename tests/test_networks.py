@@ -171,8 +171,7 @@ def test_lora_equals_peft_in_forward_and_gradients(tmp_path):
     close(got, want)
     (got.sin().sum() + want.sin().sum()).backward()
     for name, p in reference.items():
-        assert p.grad.norm() > 0.1
-        close(own[name].grad, p.grad, rtol=1e-4)
+        assert (own[name].grad - p.grad).norm() < 1e-4 * p.grad.norm(), name
 
 
 def test_lora_starts_as_the_identity_and_training_leaves_the_base_bitwise_alone(base):
@@ -291,9 +290,9 @@ MEASURE = """if True:
 def test_loading_holds_the_model_and_one_shard_at_most(tmp_path):
     small, big = tmp_path / "small", tmp_path / "big"
     save_random(small, **LLAMA)
-    save_random(big, **LLAMA | dict(hidden_size=512, intermediate_size=3328, num_hidden_layers=8, max_shard_size="25MB"))
+    save_random(big, **LLAMA | dict(hidden_size=512, intermediate_size=3328, num_hidden_layers=5, max_shard_size="25MB"))
     command = [sys.executable, "-c", MEASURE, str(small), str(big)]
     growth, size = map(float, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
     shard = max(path.stat().st_size for path in big.iterdir()) / 2**20
-    shutil.rmtree(big)  # 190 MB
+    shutil.rmtree(big)  # 120 MB
     assert size < growth < size + shard + 12, f"{growth:.0f} MiB for a model of {size:.0f} in shards of {shard:.0f}"
