@@ -10,7 +10,7 @@ objects; mPCK is the mean over five thresholds. Beside the checkpoint it leaves 
 import argparse
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import Chat, crop_of, existing_photos, read_descriptions, read_objects, report_missing
 from llama import InputError, read_json
-from predict import draw_object, predict
+from predict import draw_object, predict, save_picture
 from train import load_model, read_checkpoint, run, start_processes
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
@@ -112,18 +112,18 @@ def read_predictions(path, objects, allow_missing):
 class Photos(torch.utils.data.Dataset):
     """Objects -> (index, crop), the crop None if the photo cannot be read."""
 
-    def __init__(self, objects, indices, root, size):
-        self.objects, self.indices, self.root, self.size = objects, indices, root, size
+    def __init__(self, objects, root, size):
+        self.objects, self.root, self.size = objects, root, size
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.objects)
 
     def __getitem__(self, i):
-        o = self.objects[self.indices[i]]
+        o = self.objects[i]
         try:
-            return self.indices[i], crop_of(o).cut(Path(self.root, "images", o.photo), self.size)
+            return i, crop_of(o).cut(Path(self.root, "images", o.photo), self.size)
         except InputError:
-            return self.indices[i], None
+            return i, None
 
 
 def predict_objects(model, chat, objects, categories, batches, constrained, decode):
@@ -144,10 +144,13 @@ def predict_objects(model, chat, objects, categories, batches, constrained, deco
 
 
 def contact_sheet(path, objects, predictions, categories, root, n=12):
-    """Draws n objects, spread over the categories, three to a row."""
-    chosen = [objects.index(o) for o in spread(objects, n)]
+    """Draws n objects, taking turns between the categories, three to a row."""
+    turns, seen = [], Counter()
+    for i, o in enumerate(objects):
+        turns.append((seen[o.category], i))
+        seen[o.category] += 1
     tiles = []
-    for i in chosen:
+    for _, i in sorted(turns)[:n]:
         o, category = objects[i], categories[objects[i].category]
         true = [tuple(p) if v else None for p, v in zip(o.keypoints, o.visible)]
         names = [name for name, _ in category.keypoints]
@@ -165,16 +168,7 @@ def contact_sheet(path, objects, predictions, categories, root, n=12):
             sheet.paste(tile, (x, y + 20))
             x += tile.width + 16
         y += max(tile.height for _, tile in row) + 40
-    sheet.save(path)
-
-
-def spread(objects, n):
-    """Up to n objects, taking turns between the categories."""
-    queues = defaultdict(list)
-    for o in objects:
-        queues[o.category].append(o)
-    turns = sorted(((turn, c, o) for c, queue in queues.items() for turn, o in enumerate(queue)), key=lambda t: t[:2])
-    return [o for _, _, o in turns[:n]]
+    save_picture(sheet, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- program
@@ -232,9 +226,10 @@ def main(argv):
     objects = existing_photos(objects, root, categories, args.allow_missing)
     trained.llm, trained.vit = args.llm or trained.llm, args.vit or trained.vit
     model, chat = load_model(trained, device, checkpoint).eval(), Chat(trained.llm)
-    # similar numbers of keypoints side by side, so that processes and batches get equal shares
-    order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))[rank::world]
-    loader = DataLoader(Photos(objects, order, root, trained.image_size), args.batch, collate_fn=list, num_workers=args.workers)
+    # Photos with as many keypoints share a batch, so that processes get equal shares; which share one depends on nothing else.
+    order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))
+    batches = [order[i:i + args.batch] for i in range(0, len(order), args.batch)][rank::world]
+    loader = DataLoader(Photos(objects, root, trained.image_size), batch_sampler=batches, collate_fn=list, num_workers=args.workers)
     results = predict_objects(model, chat, objects, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True),
                               args.constrained, args.decode)
     if world > 1:

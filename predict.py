@@ -71,6 +71,13 @@ def draw_object(path, crop, names, predicted, true=None, side=360):
     return tile
 
 
+def save_picture(picture, path):
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as e:  # ValueError: a name whose ending is no kind of picture
+        raise InputError(f"{path}: the picture cannot be written ({e})") from None
+
+
 def parse_keypoints(text, descriptions):
     """ "left eye: the eye ..., nose: ..." or the name of a keypoint set -> [(name, description), ...]."""
     sets = read_json(descriptions).get("keypoint_sets", {})
@@ -127,7 +134,7 @@ def main(argv):
     for (name, _), (point, confidence) in zip(keypoints, told):
         print(f"{point[0]:9.1f}{point[1]:9.1f}{confidence:12.2f}  {name}" if point else f"{'no coordinates in the answer':>30}  {name}")
     picture = Path(args.out or f"{Path(args.photo).stem}.keypoints.png")
-    draw_object(args.photo, crop, [name for name, _ in keypoints], [point for point, _ in told], side=720).save(picture)
+    save_picture(draw_object(args.photo, crop, [name for name, _ in keypoints], [point for point, _ in told], side=720), picture)
     print(f"wrote {picture}")
 
 
