@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from llama import InputError, read_json
 
 IGNORE = -100  # the label of a token that is not supervised
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what pillow raises for photos it cannot read
 
 
 # ----------------------------------------------------------------------------------------------------------- annotations
@@ -68,14 +69,15 @@ def read_objects(path, categories):
         objects = []
         for photo in raw["images"]:
             for a in annotations.get(photo["id"], []):
-                x1, y1 = max(0, a["bbox"][0]), max(0, a["bbox"][1])
-                x2 = min(photo["width"] - 1, x1 + max(0, a["bbox"][2] - 1))
-                y2 = min(photo["height"] - 1, y1 + max(0, a["bbox"][3] - 1))
+                x, y, w, h = a["bbox"]
                 points = np.array(a["keypoints"], dtype=np.float64).reshape(-1, 3)
+                if not (np.isfinite(points).all() and math.isfinite(x + y + w + h)):
+                    raise InputError(f"{path}: annotation {a['id']} has a coordinate that is not a number")
+                x1, y1 = max(0, x), max(0, y)
+                x2 = min(photo["width"] - 1, x1 + max(0, w - 1))
+                y2 = min(photo["height"] - 1, y1 + max(0, h - 1))
                 if a.get("iscrowd") or a.get("area", 1) <= 0 or x2 <= x1 or y2 <= y1 or not points.any():
                     continue
-                if not (np.isfinite(points).all() and math.isfinite(x1 + y1 + x2 + y2)):
-                    raise InputError(f"{path}: annotation {a['id']} has a coordinate that is not a number")
                 if a["category_id"] not in categories:
                     raise InputError(f"{path}: category {a['category_id']} has no descriptions; add it to the descriptions file")
                 if len(points) != (K := len(categories[a["category_id"]].keypoints)):
@@ -95,7 +97,7 @@ def existing_photos(objects, root, categories, allow_missing):
         try:
             Image.open(Path(root, "images", photo)).close()
             readable[photo] = True
-        except OSError:
+        except UNREADABLE:
             readable[photo] = False
     report_missing([o for o in objects if not readable[o.photo]], root, categories, allow_missing)
     return [o for o in objects if readable[o.photo]]
@@ -149,7 +151,7 @@ class Crop:
                 if photo.mode.startswith("I"):  # 16 bits a pixel: PIL would clip instead of scale
                     photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
                 photo = photo.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        except UNREADABLE as e:
             raise InputError(f"{path}: not a readable photo ({e})") from None
         if (blocks := int(self.side / shrink / (2 * size))) > 1:
             photo, shrink = photo.reduce(blocks), shrink * blocks
@@ -203,14 +205,13 @@ class Chat:
         # What all answers share, up to the last digit: a token, or None where digits stand. Llama-3 has a token for each
         # three-digit number, so " [" "0" "." None "," "0" "." None; others spell digits one by one: None None None.
         answers = [self.answer(v / 1000, v / 1000)[:-1] for v in range(1000)]
-        columns = [sorted(set(column)) for column in zip(*answers)]
-        self.template = [column[0] if len(column) == 1 else None for column in columns]
+        self.template = [column[0] if len(set(column)) == 1 else None for column in zip(*answers)]
         while self.template[-1] is not None:
             self.template.pop()
-        if len(set(map(len, answers))) > 1:  # numbers split at random places: nothing is known beforehand
-            self.template = [None] * max(map(len, answers))
-        n_tokens = self.template.count(None) // 2  # of a coordinate: 1 or 3
-        self.digits = [a[len(self.template) - 1] for a in answers[:10 ** (3 // n_tokens)]]  # the tokens 000 ... 999, or 0 ... 9
+        n_digits = self.template.count(None) // 2  # of a coordinate: 1 or 3
+        self.digits = [a[len(self.template) - 1] for a in answers[:10 ** (3 // n_digits)]]  # the tokens 000 ... 999, or 0 ... 9
+        if len(set(map(len, answers))) > 1:  # numbers cut here and there: nothing is known beforehand
+            self.template, self.digits = [None] * max(map(len, answers)), []
 
     def encode(self, text):
         return self.tokenizer.encode(text.removeprefix(" ") if self.adds_space else text, add_special_tokens=False).ids

@@ -67,6 +67,8 @@ def make_report(objects, predictions, categories, annotations, protocol, **facts
     shares, of = pck_of_queries(objects, predictions), np.array([o.category for o in objects])
     if protocol == "pairs":
         shares, pairs = pck_of_pairs(objects, predictions, [c["id"] for c in read_json(annotations)["categories"]])
+        if not pairs:
+            raise InputError(f"{annotations}: no pairs, since no category has two objects")
         of = of[[query for _, query in pairs]]
 
     def means(rows):
@@ -224,8 +226,12 @@ def main(argv):
     rank, world, device = start_processes()
     n_annotated = len(objects)
     objects = existing_photos(objects, root, categories, args.allow_missing)
+    if not objects:
+        raise InputError(f"{root}/images: no photos to evaluate on")
     trained.llm, trained.vit = args.llm or trained.llm, args.vit or trained.vit
     model, chat = load_model(trained, device, checkpoint).eval(), Chat(trained.llm)
+    if args.constrained and not chat.digits:
+        raise InputError(f"--constrained: the tokenizer of {trained.llm} cuts three-digit numbers irregularly")
     # Photos with as many keypoints share a batch, so that processes get equal shares; which share one depends on nothing else.
     order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))
     batches = [order[i:i + args.batch] for i in range(0, len(order), args.batch)][rank::world]
@@ -239,8 +245,10 @@ def main(argv):
     if rank > 0:
         return
     report_missing([o for i, o in enumerate(objects) if results[i] is None], root, categories, args.allow_missing)
-    results = [results[i] for i, o in enumerate(objects) if results[i] is not None]
-    objects = [o for i, o in enumerate(objects) if results[i] is not None]
+    read = [i for i in range(len(objects)) if results[i]]
+    if not read:
+        raise InputError(f"{root}/images: no readable photos to evaluate on")
+    objects, results = [objects[i] for i in read], [results[i] for i in read]
     predictions = [[point for point, _ in told] for told in results]
     malformed = sum(point is None for points in predictions for point in points)
     report = make_report(objects, predictions, categories, annotations, args.protocol, **facts, malformed=malformed,

@@ -44,7 +44,7 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, path):
-        raw = read_json(path)
+        raw = read_json(path, dict)
         if raw.get("model_type") not in ("llama", "mistral") or raw.get("sliding_window"):
             raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not a Llama-shaped model without sliding window")
         # newer files keep everything about RoPE in rope_parameters, older ones in rope_theta and rope_scaling
@@ -53,6 +53,11 @@ class LlamaConfig:
         if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
             raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only default and llama3")
         known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None}
+        needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+        if rope["rope_type"] == "llama3":
+            needed |= cls().rope.keys()
+        if missing := needed - known.keys() - rope.keys():
+            raise InputError(f"{path}: {min(missing)} is missing")
         known.setdefault("num_key_value_heads", raw["num_attention_heads"])
         known.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
         return cls(**{"tie_word_embeddings": False, **known, "rope": rope})
@@ -165,7 +170,7 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cache = []
         for i, layer in enumerate(self.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if self.checkpoint_activations and torch.is_grad_enabled() and not past:
                 x, kv = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
             else:
                 x, kv = layer(x, cos, sin, mask, past[i] if past else None)
@@ -185,9 +190,12 @@ class Llama(nn.Module):
         return model
 
 
-def read_json(path):
+def read_json(path, kind=object):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
+        return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as e:
@@ -203,7 +211,9 @@ def load_weights(model, directory, rename, dtype, device):
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(read_json(index)["weight_map"].values()))
+        shards = sorted(set(read_json(index, dict).get("weight_map", {}).values()))
+        if not shards:
+            raise InputError(f"{index}: has no weight_map; download it again")
     elif (directory / "model.safetensors").exists():
         shards = ["model.safetensors"]
     else:
@@ -226,5 +236,5 @@ def load_weights(model, directory, rename, dtype, device):
         except (OSError, SafetensorError) as e:
             raise InputError(f"{path}: missing, damaged or truncated ({e}); download it again") from None
     if missing := wanted.keys() - loaded.keys():
-        raise InputError(f"{directory}: {len(missing)} tensors are in none of the files, e.g. {min(missing)}")
+        raise InputError(f"{index if index.exists() else path}: {len(missing)} tensors are missing, e.g. {min(missing)}")
     model.load_state_dict(loaded, strict=False, assign=True)  # strict by the checks above, which know of tied weights

@@ -55,4 +55,5 @@ def load_trainable_state(model, state):
     for name, parameter in own.items():
         if parameter.shape != state[name].shape:
             raise ValueError(f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} here")
+    for name, parameter in own.items():
         parameter.copy_(state[name])

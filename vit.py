@@ -33,7 +33,7 @@ class ViTConfig:
 
     @classmethod
     def from_json(cls, path):
-        raw = read_json(path)
+        raw = read_json(path, dict)
         if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
             raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 or dinov2_with_registers")
         return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})

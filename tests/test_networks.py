@@ -115,14 +115,14 @@ REGISTERS = VIT | dict(kind="Dinov2WithRegistersModel", num_register_tokens=4, p
 
 @torch.no_grad()
 @pytest.mark.parametrize("config, size", [
-    (VIT | dict(layer_norm_eps=1e-6), 70), (VIT | dict(mlp_ratio=3), 70), (VIT | dict(use_swiglu_ffn=True), 70), (REGISTERS, 70),
-    (REGISTERS | dict(use_swiglu_ffn=True), 70), (REGISTERS | dict(image_size=518), 224), (REGISTERS, 112),
+    (VIT | dict(layer_norm_eps=1e-6), 70), (VIT | dict(mlp_ratio=3), 70), (VIT | dict(use_swiglu_ffn=True, hidden_size=40), 70),
+    (REGISTERS, 70), (REGISTERS | dict(use_swiglu_ffn=True), 70), (REGISTERS | dict(image_size=518), 224), (REGISTERS, 112),
 ], ids=["plain", "narrow, large eps", "giant", "registers", "registers, giant", "registers, 518 to 224", "registers, 70 to 112"])
 def test_patch_tokens_equal_transformers(config, size, tmp_path):
     theirs = save_random(tmp_path, **config)
     photos = torch.randn(2, 3, size, size, generator=torch.manual_seed(2))
     want = theirs(photos).last_hidden_state[:, 1 + config.get("num_register_tokens", 0):]
-    assert want.shape == (2, (size // 14) ** 2, 48) and want.std() > 0.3
+    assert want.shape[1] == (size // 14) ** 2 and want.std() > 0.3
     close(ViT.load(tmp_path, image_size=size)(photos), want)
     close(ViT.load(tmp_path, size, torch.bfloat16)(photos.bfloat16()), want.bfloat16(), atol=0.2)
 
@@ -181,6 +181,7 @@ def test_lora_starts_as_the_identity_and_training_leaves_the_base_bitwise_alone(
     A = model.layers[0].self_attn.q_proj.lora_A
     assert 0.11 < A.abs().max() <= 0.125 and 0.06 < A.std() < 0.085  # uniform within 1 / sqrt(64), as PEFT's
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert trainable_state(model).keys() == {name for name in before if "lora" in name}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -192,12 +193,12 @@ def test_lora_starts_as_the_identity_and_training_leaves_the_base_bitwise_alone(
 
 @torch.no_grad()
 def test_dropout_acts_on_the_update_alone_and_in_training_alone():
+    x = torch.randn(16, generator=torch.manual_seed(3)).expand(20_000, -1)
     layer = LoRALinear(torch.nn.Linear(16, 8), rank=4, dropout=0.3)
     layer.lora_B.normal_()
-    x = torch.randn(16, generator=torch.manual_seed(3)).expand(20_000, -1)
     still, moving = (layer.train(mode)(x) - layer.base(x) for mode in (False, True))
     assert still.std(dim=0).max() < 1e-5 and moving.std(dim=0).min() > 0.1
-    close(moving.mean(0), still[0], atol=0.05)  # unbiased: what is kept is scaled up
+    close(moving.mean(0), still[0], atol=0.2)  # unbiased: what is kept is scaled up
 
 
 def test_a_bf16_base_keeps_fp32_adapters_and_gives_bf16(base, tmp_path):
