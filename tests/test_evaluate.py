@@ -173,10 +173,7 @@ def test_two_processes_give_the_report_and_predictions_of_one(evaluated, checkpo
                           capture_output=True, **PROGRAM)
     assert done.returncode == 0, done.stderr
     two = [json.loads((tmp_path / "two" / f"{name}.json").read_text()) for name in ("report", "predictions")]
-    assert two[0] == one[0] and two[0]["without photo"] == 1 and done.stdout.count("\n5 objects") == 1
-    for a, b in zip(one[1], two[1], strict=True):
-        assert (a["annotation_id"], a["keypoints"]) == (b["annotation_id"], b["keypoints"])
-        assert a["confidence"] == pytest.approx(b["confidence"], abs=2e-4)
+    assert two == one and two[0]["without photo"] == 1 and done.stdout.count("\n5 objects") == 1
 
 
 def test_missing_and_truncated_photos_are_listed_or_left_out(evaluated, checkpoint, tmp_path):

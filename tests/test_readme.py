@@ -57,13 +57,13 @@ def test_commands_of_readme_run_as_written(tiny, tmp_path):
     bin_folder = os.path.dirname(sys.executable)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     commands = [c for c in COMMANDS if not c.startswith("pip ")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     for file in "ckpt.pt", "report.json", "predictions.json", "predictions.png":
         assert (tmp_path / "runs/split1" / file).exists() and (tmp_path / "runs/teapots" / file).exists()
-    assert (tmp_path / "photo.keypoints.png").exists()
+    assert (tmp_path / "photo.keypoints.png").exists() and (tmp_path / "creature.keypoints.png").exists()
 
 
 def test_commands_that_install_are_those_of_ci():

@@ -1,0 +1,62 @@
+"""bench.py runs, and what it compares is really compared."""
+
+import pytest
+import torch
+
+import bench
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def model():
+    return bench.build("tiny", "cpu", torch.float32)
+
+
+def test_it_prints_every_contest(capsys, monkeypatch):
+    def once(runners, repeats=1):
+        for run in runners.values():
+            run()
+        return dict.fromkeys(runners, [1.0])
+    monkeypatch.setattr(bench, "race", once)
+    monkeypatch.setattr(bench, "peak_memory", lambda run, *job: (1.0, 0.5))
+    bench.main(["--size", "tiny"])
+    printed = capsys.readouterr().out
+    assert printed.count(bench.OURS + " " * 20) == 1 + 3 + 2 and printed.count(bench.PUBLISHED) == 3
+
+
+def test_contestants_agree(model):
+    bench.answers_table(model, "tiny", [(2, 16)], exact=True, timed=False)
+    bench.training_table(model, "tiny", [2], exact=True, timed=False)
+
+
+@pytest.mark.parametrize("way", [bench.STRUCK, bench.PUBLISHED, bench.WELL])
+def test_another_answer_is_noticed(model, monkeypatch, way):
+    """One wrong token in one answer of one contestant."""
+    def wrong(asked, *args, answer=bench.answer):
+        tokens = answer(asked, *args)
+        tokens[-1][-1] += asked == way
+        return tokens
+    monkeypatch.setattr(bench, "answer", wrong)
+    with pytest.raises(AssertionError, match=f"{way}: .* of the tokens are equal"):
+        bench.answers_table(model, "tiny", [(1, 4)], exact=True, timed=False)
+
+
+def test_answers_out_of_the_format_are_noticed(model):
+    model.llama.lm_head.weight.data[5] *= -1  # "." no longer follows "0"
+    with pytest.raises(AssertionError, match="format"):
+        bench.answers_table(model, "tiny", [(1, 4)], exact=True, timed=False)
+
+
+def test_other_training_is_noticed(model, monkeypatch):
+    twin = bench.Twin(model)
+    see = twin.see
+    monkeypatch.setattr(twin, "see", lambda images: 1.05 * see(images))
+    with pytest.raises(AssertionError, match="losses|gradients"):
+        bench.training_table(model, "tiny", [1], exact=True, timed=False)
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own():
+    peak, before = bench.peak_memory(None, "tiny", "training", bench.OURS, 1)
+    assert 0.05 < before < peak < 4
