@@ -208,9 +208,10 @@ class Chat:
         self.template = [column[0] if len(set(column)) == 1 else None for column in zip(*answers)]
         while self.template[-1] is not None:
             self.template.pop()
-        n_digits = self.template.count(None) // 2  # of a coordinate: 1 or 3
+        n_digits = min(3, max(1, self.template.count(None) // 2))  # tokens of a coordinate: 1 or 3
         self.digits = [a[len(self.template) - 1] for a in answers[:10 ** (3 // n_digits)]]  # the tokens 000 ... 999, or 0 ... 9
-        if len(set(map(len, answers))) > 1:  # numbers cut here and there: nothing is known beforehand
+        varying = {token for column, known in zip(zip(*answers), self.template) if known is None for token in column}
+        if len(set(map(len, answers))) > 1 or set(self.digits) != varying:  # numbers cut otherwise: nothing is known beforehand
             self.template, self.digits = [None] * max(map(len, answers)), []
 
     def encode(self, text):

@@ -31,6 +31,12 @@ from model import CapeLLM
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A6000": 154.8, "4090": 165.2, "3090": 71}  # dense bf16, data sheets
 
 
+def positive(text):
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Fine-tunes CapeLLM on MP-100.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False)
@@ -44,18 +50,18 @@ def parse_arguments(argv):
     files.add_argument("--resume", metavar="CKPT", help="a checkpoint to go on from, with its arguments")
     files.add_argument("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
     network = parser.add_argument_group("network")
-    network.add_argument("--image-size", type=int, default=224, help="pixels a side")
+    network.add_argument("--image-size", type=positive, default=224, help="pixels a side")
     network.add_argument("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="Table 4")
     network.add_argument("--tune-llm", choices=["frozen", "lora", "full"], default="lora")
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=int, default=12)
-    recipe.add_argument("--batch", type=int, default=128, help="conversations in an optimizer step")
-    recipe.add_argument("--micro-batch", type=int, default=1, help="conversations in a forward pass; no effect but on memory and speed")
+    recipe.add_argument("--epochs", type=positive, default=12)
+    recipe.add_argument("--batch", type=positive, default=128, help="conversations in an optimizer step")
+    recipe.add_argument("--micro-batch", type=positive, default=1, help="conversations in a forward pass: memory against speed")
     recipe.add_argument("--lr", type=float, default=5e-4)
     recipe.add_argument("--warmup", type=float, default=0.03, help="share of the steps, then cosine to 0")
     recipe.add_argument("--weight-decay", type=float, default=0.01)
     recipe.add_argument("--clip", type=float, default=0, help="largest norm of the gradient, 0 for none")
-    recipe.add_argument("--rounds", type=int, default=4, help="keypoints asked in a conversation")
+    recipe.add_argument("--rounds", type=positive, default=4, help="keypoints asked in a conversation")
     recipe.add_argument("--seed", type=int, default=42)
     running = parser.add_argument_group("running")
     running.add_argument("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch then counts "
@@ -63,8 +69,8 @@ def parse_arguments(argv):
     running.add_argument("--checkpoint-activations", action="store_true", help="half the memory for half as much work again")
     running.add_argument("--compile", action="store_true", help="torch.compile every block")
     running.add_argument("--workers", type=int, default=4, help="processes that read photos, per GPU")
-    running.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    running.add_argument("--log-every", type=int, default=1, help="steps between log lines")
+    running.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
+    running.add_argument("--log-every", type=positive, default=1, help="steps between log lines")
     args = parser.parse_args(argv)
     if args.resume:  # the run's own arguments, but for what the command line says
         parser.set_defaults(**read_checkpoint(args.resume)["args"])
@@ -107,7 +113,7 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as e:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a checkpoint of this program, or a damaged one ({str(e).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a checkpoint of this program, or a damaged one ({type(e).__name__})") from None
 
 
 def save_checkpoint(path, **contents):
@@ -154,7 +160,7 @@ def main(argv):
     say = print if rank == 0 else lambda *_: None
     checkpoint = read_checkpoint(args.resume) if args.resume else None
     path = Path(args.out, "ckpt.pt")
-    if path.exists() and not checkpoint:
+    if path.exists() and not (checkpoint and path.samefile(args.resume)):
         raise InputError(f"{path} exists: go on from it with --resume {path}, or choose another --out")
     if args.batch % (args.micro_batch * world):
         raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} x {world} processes")
@@ -164,6 +170,8 @@ def main(argv):
     chat, categories = Chat(args.llm), read_descriptions(args.descriptions)
     objects = read_objects(Path(args.data, "annotations", f"mp100_split{args.split}_train.json"), categories)
     objects = existing_photos(objects, args.data, categories, args.allow_missing)
+    if not objects:
+        raise InputError(f"{args.data}: split {args.split} has no photos to train on")
     n_examples = len(objects) if args.pack else sum(math.ceil(len(o.keypoints) / args.rounds) for o in objects)
     epoch_steps = math.ceil(n_examples / args.batch)
     steps = args.epochs * epoch_steps
@@ -189,44 +197,48 @@ def main(argv):
 
     # ---- training
     model.train()
-    bar = tqdm(total=steps, initial=step, disable=rank > 0, dynamic_ncols=True)
-    for epoch in range(step // epoch_steps, args.epochs):
-        examples = plan_epoch(objects, args.seed, epoch, args.rounds, args.pack)
-        if not examples:
-            raise InputError(f"{args.data}: split {args.split} has no visible keypoint to train on")
-        ahead = range(step - epoch * epoch_steps, epoch_steps)  # all of the epoch's steps, but for those before a restart
-        loader = iter(DataLoader(TrainingSet(examples, categories, chat, args.data, args.image_size), collate_fn=collate,
-                                 batch_sampler=list(micro_batches(len(examples), ahead, args, rank, world)),
-                                 num_workers=args.workers, pin_memory=device.type == "cuda"))
-        for _ in ahead:
-            began, n_tokens, loss = time.perf_counter(), 0, torch.zeros((), device=device)
-            for i in range(accumulation):
-                images, tokens, labels, groups = (t if t is None else t.to(device, non_blocking=True) for t in next(loader))
-                torch.manual_seed(args.seed + 2**20 * ((step * accumulation + i) * world + rank))  # dropout, by micro-batch
-                with learner.no_sync() if world > 1 and i < accumulation - 1 else nullcontext():
-                    micro_loss = learner(normalize(images), tokens, labels, groups) / accumulation
-                    micro_loss.backward()
-                loss += micro_loss.detach()
-                n_tokens += tokens.numel() + len(tokens) * model.vit.n_patches
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, args)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if world > 1:
-                dist.all_reduce(loss)
-                loss /= world
-            seconds = time.perf_counter() - began
-            bar.update()
-            if rank == 0 and (step % args.log_every == 0 or step == steps):
-                bar.write(f"step {step:5d}  epoch {epoch + 1:2d}  loss {loss.item():.4f}  lr {group['lr']:.2e}  |grad| {norm.item():.3f}  "
-                          f"{n_tokens * world / seconds:,.0f} tokens/s{memory_and_mfu(model, n_tokens / seconds, device)}")
-            if rank == 0 and (step % args.save_every == 0 or step == steps):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_checkpoint(path, args=vars(args), model=trainable_state(model), optimizer=optimizer.state_dict(), step=step,
-                                epoch=epoch)
-    bar.close()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path.parent}: cannot be made ({e})") from None
+    with tqdm(total=steps, initial=step, disable=rank > 0, dynamic_ncols=True) as bar:
+        for epoch in range(step // epoch_steps, args.epochs):
+            examples = plan_epoch(objects, args.seed, epoch, args.rounds, args.pack)
+            if not examples:
+                raise InputError(f"{args.data}: split {args.split} has no visible keypoint to train on")
+            ahead = range(step - epoch * epoch_steps, epoch_steps)  # all of the epoch's steps, but for those before a restart
+            loader = iter(DataLoader(TrainingSet(examples, categories, chat, args.data, args.image_size), collate_fn=collate,
+                                     batch_sampler=list(micro_batches(len(examples), ahead, args, rank, world)),
+                                     num_workers=args.workers, pin_memory=device.type == "cuda"))
+            for _ in ahead:
+                began, n_tokens, loss = time.perf_counter(), 0, torch.zeros((), device=device)
+                for i in range(accumulation):
+                    images, tokens, labels, groups = (t if t is None else t.to(device, non_blocking=True) for t in next(loader))
+                    number = (step * accumulation + i) * world + rank  # of the micro-batch, in the whole run
+                    torch.manual_seed(args.seed + (number << 20) + (number >> 12))  # dropout; a CPU looks at 32 bits of a seed
+                    with learner.no_sync() if world > 1 and i < accumulation - 1 else nullcontext():
+                        micro_loss = learner(normalize(images), tokens, labels, groups) / accumulation
+                        micro_loss.backward()
+                    loss += micro_loss.detach()
+                    n_tokens += tokens.numel() + len(tokens) * model.vit.n_patches
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, args)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                if world > 1:
+                    dist.all_reduce(loss)
+                    loss /= world
+                seconds = time.perf_counter() - began
+                bar.update()
+                if rank == 0 and (step % args.log_every == 0 or step == steps):
+                    bar.write(f"step {step:5d}  epoch {epoch + 1:2d}  loss {loss.item():.4f}  lr {group['lr']:.2e}  "
+                              f"|grad| {norm.item():.3f}  {n_tokens * world / seconds:,.0f} tokens/s"
+                              f"{memory_and_mfu(model, n_tokens / seconds, device)}")
+                if rank == 0 and (step % args.save_every == 0 or step == steps):
+                    save_checkpoint(path, args=vars(args), model=trainable_state(model), optimizer=optimizer.state_dict(), step=step,
+                                    epoch=epoch)
     say(f"done: {path}")
 
 
