@@ -1,7 +1,7 @@
 """Speed and memory, side by side with what people would use instead: Transformers and PEFT (pip install -r requirements-dev.txt).
 
-    python bench.py --size small        tiny: a minute; small: ViT-S and 8 layers of width 512, 15 minutes on two cores;
-                                        8b: the paper's ViT-L and Llama-3.1-8B, on a GPU with 40 GB. The device is what is there.
+    python bench.py --size small        tiny: to see that it runs; small: ViT-S and 8 layers of width 512; 8b: the paper's ViT-L and
+                                        Llama-3.1-8B, on a GPU with room for them. The device is what is there.
 
 Contestants run in turn in one process, on the very same random weights and inputs, bf16 on a GPU and fp32 elsewhere. Their results
 are compared before anything is timed; a difference ends the program. It prints medians for a training step of the paper's
