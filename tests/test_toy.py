@@ -10,8 +10,10 @@ from conftest import ROOT
 import toy
 from data import Category, Chat, Object, crop_of, normalize, read_descriptions, read_objects
 from evaluate import pck_of_queries
+from llama import Llama
 from predict import predict
 from train import load_model, parse_arguments, read_checkpoint
+from vit import ViT
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,17 @@ def test_other_texts_moves_every_text(tmp_path):
     moved = json.loads((tmp_path / "other_text/descriptions.json").read_text())["keypoint_sets"]["001_a"]
     assert sorted(others[1]) == list(range(5)) and all(k != i for i, k in enumerate(others[1]))
     assert [t["description"] for t in moved] == [str(k) for k in others[1]]
+
+
+def test_pretraining_leaves_backbones_that_load(tmp_path, monkeypatch):
+    """Four steps of it: seeing, then seeing and talking; the same files as those shipped, with other weights."""
+    for name, value in dict(ASSETS=tmp_path, SHEETS=40, STEPS=4, LOOK=2).items():
+        monkeypatch.setattr(toy, name, value)
+    toy.pretrain()
+    shipped = ROOT / "assets/toy"
+    for file in "vit/config.json", "llm/config.json", "llm/tokenizer.json":
+        assert (tmp_path / file).read_text() == (shipped / file).read_text()
+    for network, part in (ViT, "vit"), (Llama, "llm"):
+        made, old = network.load(tmp_path / part), network.load(shipped / part)
+        assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in old.named_parameters()}
+    assert sum(f.stat().st_size for f in shipped.rglob("*") if f.is_file()) < 4e6
