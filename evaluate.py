@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import Chat, crop_of, existing_photos, read_descriptions, read_objects, report_missing
 from llama import InputError, read_json
 from predict import draw_object, predict, save_picture
-from train import load_model, read_checkpoint, run, start_processes
+from train import load_model, positive, read_checkpoint, run, start_processes
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
 
@@ -66,7 +66,7 @@ def make_report(objects, predictions, categories, annotations, protocol, **facts
     """predictions[i] belongs to objects[i]: K entries, (x, y) in pixels of the photo or None. -> what report.json holds."""
     shares, of = pck_of_queries(objects, predictions), np.array([o.category for o in objects])
     if protocol == "pairs":
-        shares, pairs = pck_of_pairs(objects, predictions, [c["id"] for c in read_json(annotations)["categories"]])
+        shares, pairs = pck_of_pairs(objects, predictions, [c["id"] for c in read_json(annotations).get("categories", [])])
         if not pairs:
             raise InputError(f"{annotations}: no pairs, since no category has two objects")
         of = of[[query for _, query in pairs]]
@@ -95,7 +95,7 @@ def read_predictions(path, objects, allow_missing):
             if entry["annotation_id"] in predictions:
                 raise InputError(f"{path}: annotation {entry['annotation_id']} is predicted twice")
             predictions[entry["annotation_id"]] = [p and (float(p[0]), float(p[1])) for p in entry["keypoints"]]
-    except (KeyError, TypeError, ValueError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as e:
         raise InputError(f'{path}: not [{{"annotation_id": 7, "keypoints": [[x, y], ...]}}, ...] ({type(e).__name__}: {e})') from None
     for o in objects:
         if o.id not in predictions and not allow_missing:
@@ -190,7 +190,7 @@ def parse_arguments(argv):
     parser.add_argument("--constrained", action="store_true", help="force the format of answers, so that none is malformed")
     parser.add_argument("--decode", choices=["greedy", "median", "mean"], default="greedy", help="of the distribution of each coordinate")
     parser.add_argument("--allow-missing", action="store_true", help="go on without objects whose photo or prediction is missing")
-    parser.add_argument("--batch", type=int, default=8, help="photos asked at a time")
+    parser.add_argument("--batch", type=positive, default=8, help="photos asked at a time")
     parser.add_argument("--workers", type=int, default=2, help="processes that read photos, per GPU")
     parser.add_argument("--out", help="folder of the results; default: that of the checkpoint")
     parser.add_argument("--report", metavar="JSON", help="where the report goes; default: report.json in --out")

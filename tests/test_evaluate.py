@@ -77,8 +77,8 @@ def test_pck_by_hand():
     one = evaluate.pck_of_queries([four, tall], [told, [(20, 59)]])
     assert one[1].tolist() == [0, 0, 1, 1, 1]  # 29 away: not within 20, but 30
     assert one.mean(0).tolist() == pytest.approx([0, 1 / 6, 5 / 6, 5 / 6, 5 / 6])  # each object counts once, not each keypoint
-    nothing = an_object([(20, 30)], [0])
-    assert not evaluate.pck_of_queries([nothing], [[(20, 30)]]).any()
+    nothing, origin = an_object([(20, 30)], [0]), an_object([(0, 0)], [1])
+    assert not evaluate.pck_of_queries([nothing, origin], [[(20, 30)], [None]]).any()
 
 
 def test_boxes_are_clipped_and_points_hidden_but_labelled_count(tmp_path):
@@ -138,6 +138,7 @@ def test_report_predictions_and_picture_of_a_model_whose_answers_are_half_right(
         report, again = evaluated("--constrained", *argv)
         assert again == predictions and report["malformed"] == report["without photo"] == 0
         assert (report["objects"], report["split"], report["protocol"]) == (6, 1, protocol)
+        assert report["per category"]["2 kite"]["mPCK"] == pytest.approx(2 / 3)
         evaluate.main(list(map(str, ["--score", tmp_path / "out" / "predictions.json", "--report", tmp_path / "scored.json",
                                      "--descriptions", data / "descriptions.json", *argv])))
         scored = json.loads((tmp_path / "scored.json").read_text())

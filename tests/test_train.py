@@ -278,7 +278,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(arguments, tmp_path, monke
 
 def test_ctrl_c_leaves_the_last_checkpoint_whole(arguments, tmp_path):
     command = [sys.executable, "train.py", *arguments("--epochs", 500, "--save-every", 1, "--workers", 1)]
-    program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **PROGRAM)
+    program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **PROGRAM,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # jobs in the background ignore it
     while not (tmp_path / "run" / "ckpt.pt").exists() and program.poll() is None:
         time.sleep(0.05)
     program.send_signal(signal.SIGINT)
