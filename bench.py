@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from data import IGNORE, Chat, Crop
+from chat import IGNORE, Chat, Form
+from data import Crop
 from llama import Llama, LlamaConfig
 from lora import add_lora
 from model import CapeLLM
@@ -52,8 +53,8 @@ class StandInChat(Chat):
     """What locate() needs of a Chat, with token ids made up: as with Llama-3, a number of three digits is one token."""
 
     def __init__(self, template=(3, 4, 5, None, 6, 4, 5, None)):  # " [" "0" "." ddd "," "0" "." ddd
-        self.bos, self.eos, self.newline, self.colon, self.image, self.pad = 0, 1, [2], 7, 8, 9
-        self.template, self.digits = list(template), list(range(10, 1010))
+        self.bos, self.newline, self.opening, self.colon, self.image, self.pad = 0, [2], [], 7, 8, 9
+        self.place = Form(list(template), list(range(10, 1010)), [1])
 
 
 CHAT, CHAT_WRONG = StandInChat(), StandInChat((9, 9, 9, None, 9, 9, 9, None))  # the latter drafts what is never said
@@ -82,11 +83,12 @@ def build(size, device, dtype):
     # so the output layer gets what training would teach it: after ":" comes " [", after that "0", ... and after "." one of 1000
     # numbers; which one is left to photo and question. It is fair: the same weights for everybody, everybody decodes greedily from
     # the whole vocabulary, and nobody but locate() drafts, which checks its drafts. STRUCK shows what it takes if all are wrong.
-    head, embedding, digits = llama.lm_head.weight, llama.embed_tokens.weight, torch.tensor(CHAT.digits, device=device)
-    embedding[digits] = 0.5 * embedding[digits] + embedding[CHAT.digits[0]]  # numbers resemble each other
+    head, embedding, digits = llama.lm_head.weight, llama.embed_tokens.weight, torch.tensor(CHAT.place.digits, device=device)
+    number = CHAT.place.digits[0]
+    embedding[digits] = 0.5 * embedding[digits] + embedding[number]  # numbers resemble each other
     head[digits] *= 10
-    opening, zero, point, _, comma, *_ = CHAT.template
-    for token, following in (CHAT.colon, opening), (opening, zero), (zero, point), (CHAT.digits[0], comma), (comma, zero), (point, digits):
+    opening, zero, point, _, comma, *_ = CHAT.place.template
+    for token, following in (CHAT.colon, opening), (opening, zero), (zero, point), (number, comma), (comma, zero), (point, digits):
         direction = embedding[token] / embedding[token].norm()
         if following is digits:
             head[digits] -= torch.outer(head[digits] @ direction, direction)  # else "." has a favourite number
@@ -157,7 +159,7 @@ class Twin(nn.Module):
 
 def answer(way, model, images, questions):
     """All questions of all photos in one of the ways -> the tokens of each answer, up to the last digit."""
-    n, answers = len(CHAT.template), []
+    n, answers = len(CHAT.place.template), []
     if way in (OURS, STRUCK):
         return [ids for told in model.locate(images, questions, CHAT if way == OURS else CHAT_WRONG) for ids, _ in told]
     if way == WELL:  # each photo seen once, all questions in one batch, logits at the last position, no token too many
@@ -268,7 +270,7 @@ def answers_table(model, size, cases, exact, timed=True):
     for P, K in cases:
         runners, questions = answering(model, P, K)
         results = {way: np.array(run()) for way, run in runners.items()}
-        for column, known in zip(results[OURS].T, CHAT.template, strict=True):
+        for column, known in zip(results[OURS].T, CHAT.place.template, strict=True):
             assert known is None or (column == known).all(), "the network does not keep to the format"
         assert len(np.unique(results[OURS][:, 3])) > P * K / 4, "nearly all questions get the same answer"
         for way, ids in results.items():

@@ -1,4 +1,4 @@
-"""MP-100 and the text of CapeLLM: objects, crops, keypoint groups, conversations (paper sections 3.2 and 3.3).
+"""MP-100 as CapeLLM sees it: objects, crops, groups of keypoints, epochs (paper section 3.3).
 
     data/mp100/annotations/mp100_split{1..5}_{train,val,test}.json      COCO style: images, annotations, categories
     data/mp100/images/<file_name>
@@ -9,7 +9,6 @@ answers are fractions of that crop, x to the right, y down. Points are always (x
 """
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 
+from chat import IGNORE, Scene
 from llama import InputError, read_json
 
-IGNORE = -100  # the label of a token that is not supervised
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what pillow raises for photos it cannot read
 
 
@@ -91,7 +89,8 @@ def read_objects(path, categories):
 
 
 def existing_photos(objects, root, categories, allow_missing):
-    """The objects whose photo is there and has a readable header. InputError lists the others by category, unless allowed."""
+    """The objects whose photo is there and has a readable header. InputError lists the others by category, unless allowed, and
+    says if none is left."""
     readable = {}
     for photo in {o.photo for o in objects}:
         try:
@@ -100,6 +99,8 @@ def existing_photos(objects, root, categories, allow_missing):
         except UNREADABLE:
             readable[photo] = False
     report_missing([o for o in objects if not readable[o.photo]], root, categories, allow_missing)
+    if not any(readable.values()):
+        raise InputError(f"{root}/images: none of the photos of {len(objects)} objects is there")
     return [o for o in objects if readable[o.photo]]
 
 
@@ -164,6 +165,11 @@ class Crop:
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
+def inside(points):
+    """Whether fractions of the crop (..., 2) lie in it."""
+    return ((points >= 0) & (points < 1)).all(axis=-1)
+
+
 def crop_of(object, scale=1.0, angle=0.0):
     """The square around the object's box whose side is the box's longer side."""
     x, y, w, h = object.box
@@ -177,107 +183,6 @@ def normalize(images):
     return (images / 255 - mean) / std
 
 
-# --------------------------------------------------------------------------------------------------------- conversations
-
-
-class Chat:
-    """Conversations as tokens, with the tokenizer of the LLM at hand.
-
-        BOS | image tokens | "\\n" | User: where is the {name}? ... Assistant: | [0.123,0.456] EOS | User: ...
-
-    Ids are made piece by piece and joined: tokenised in one go, "]" and what follows would fuse into other tokens.
-    """
-
-    def __init__(self, directory):
-        path = Path(directory) / "tokenizer.json"
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises nothing more specific
-            raise InputError(f"{path}: not a readable tokenizer.json ({e})") from None
-        config = read_json(Path(directory) / "config.json")
-        self.bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-        self.eos = eos[0] if isinstance(eos, list) else eos
-        if self.bos is None or self.eos is None:
-            raise InputError(f"{directory}/config.json: bos_token_id or eos_token_id is missing")
-        # SentencePiece tokenizers put a space before any text, which is the one our pieces bring along
-        self.adds_space = self.tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
-        self.newline = self.encode("\n")
-        # What all answers share, up to the last digit: a token, or None where digits stand. Llama-3 has a token for each
-        # three-digit number, so " [" "0" "." None "," "0" "." None; others spell digits one by one: None None None.
-        answers = [self.answer(v / 1000, v / 1000)[:-1] for v in range(1000)]
-        self.template = [column[0] if len(set(column)) == 1 else None for column in zip(*answers)]
-        while self.template[-1] is not None:
-            self.template.pop()
-        n_digits = min(3, max(1, self.template.count(None) // 2))  # tokens of a coordinate: 1 or 3
-        self.digits = [a[len(self.template) - 1] for a in answers[:10 ** (3 // n_digits)]]  # the tokens 000 ... 999, or 0 ... 9
-        varying = {token for column, known in zip(zip(*answers), self.template) if known is None for token in column}
-        if len(set(map(len, answers))) > 1 or set(self.digits) != varying:  # numbers cut otherwise: nothing is known beforehand
-            self.template, self.digits = [None] * max(map(len, answers)), []
-
-    def encode(self, text):
-        return self.tokenizer.encode(text.removeprefix(" ") if self.adds_space else text, add_special_tokens=False).ids
-
-    def question(self, name, description):
-        return self.encode(f"User: where is the {name}?\nReference: {description}\nAssistant:")
-
-    def answer(self, x, y):
-        """Fractions of the crop -> " [0.123,0.456]" and the end token. Clamped to 0.000 ... 0.999."""
-        x, y = (min(max(round(1000 * v), 0), 999) for v in (x, y))
-        return self.encode(f" [0.{x:03d},0.{y:03d}]") + [self.eos]
-
-    def draft(self, answer):
-        """The tokens sure to follow the beginning of an answer: up to the next digit, none if it has left the template."""
-        if any(known not in (None, token) for known, token in zip(self.template, answer)):
-            return []
-        rest = self.template[len(answer):]
-        return rest[:rest.index(None)]
-
-    def parse(self, ids):
-        """The tokens of an answer up to the last digit -> (x, y), or None if they are no coordinates."""
-        match = re.match(r"\s*\[(0\.\d{3}|1\.000),(0\.\d{3}|1\.000)(?!\d)", self.tokenizer.decode(ids))
-        return (float(match[1]), float(match[2])) if match else None
-
-    def coordinates(self, ids, spread, decode="greedy"):
-        """What CapeLLM.locate() says of a question -> ((x, y) or None, confidence: the probability of the digits chosen).
-
-        decode: "greedy", or the "median" or "mean" of each coordinate's distribution over 0.000 ... 0.999.
-        """
-        point = self.parse(ids)
-        chosen = [self.digits.index(token) for token, known in zip(ids, self.template) if known is None and token in self.digits]
-        if point is None or not len(chosen) == len(spread) == self.template.count(None):
-            return point, 0.0
-        n = len(chosen) // 2
-        confidence = float(np.prod([p[c] for p, c in zip(spread, chosen)]))
-        if decode == "greedy":
-            return point, confidence
-        x, y = number_distribution(spread[:n], chosen[:n]), number_distribution(spread[n:], chosen[n:])
-        if decode == "median":
-            return tuple((p.cumsum() < 0.5).sum() / 1000 for p in (x, y)), confidence
-        return tuple(p @ np.arange(1000) / 1000 for p in (x, y)), confidence
-
-    def conversation(self, rounds):
-        """[((name, description), (x, y)), ...] -> its ids and labels, two lists of equal length, without BOS and "\n"."""
-        ids, labels = [], []
-        for (name, description), (x, y) in rounds:
-            question, answer = self.question(name, description), self.answer(x, y)
-            ids += question + answer
-            labels += [IGNORE] * len(question) + answer
-        return ids, labels
-
-
-def number_distribution(spread, chosen):
-    """The distributions of successive digits, each given the chosen ones before it -> that of the whole number, (1000,).
-
-    Of what would follow a digit that was not chosen nothing is known; there it is flat.
-    """
-    p, mass, start, width = np.zeros(1000), 1.0, 0, 1000
-    for digit, c in zip(spread, chosen):
-        width //= len(digit)
-        p[start:start + width * len(digit)] = np.repeat(mass * digit / width, width)
-        start, mass = start + width * c, mass * digit[c]
-    return p / p.sum()
-
-
 # -------------------------------------------------------------------------------------------------------------- training
 
 
@@ -288,11 +193,22 @@ class Example:
     object: Object
     crop: Crop
     groups: list
+    seed: tuple = ()  # of what its conversations draw
+
+
+def count_groups(n, k):
+    return math.ceil(n / (4 if k == "dynamic" else k))
 
 
 def group_keypoints(n, k, rng):
-    """Shuffles 0..n-1 and cuts into groups of k; a short last group is filled with others drawn at random (section 3.3)."""
+    """Shuffles 0..n-1 and cuts into groups of k; a short last group is filled with others drawn at random (section 3.3).
+
+    k "dynamic", as in the paper's ICCV version: as many groups as with 4, cut at random places, so of any number of rounds.
+    """
     order = rng.permutation(n).tolist()
+    if k == "dynamic":
+        cuts = sorted(rng.choice(range(1, n), count_groups(n, k) - 1, replace=False)) if n > 1 else []
+        return [order[a:b] for a, b in zip([0, *cuts], [*cuts, n])]
     *full, last = [order[i:i + k] for i in range(0, n, k)]
     others = order[:n - len(last)]
     last += rng.choice(others, min(k - len(last), len(others)), replace=False).tolist() if others else []
@@ -310,15 +226,14 @@ def plan_epoch(objects, seed, epoch, rounds, pack=False):
     for i, o in enumerate(objects):
         rng = np.random.default_rng((seed, epoch, i))
         groups = group_keypoints(len(o.keypoints), rounds, rng)
-        for together in [groups] if pack else [[group] for group in groups]:
+        for number, together in enumerate([groups] if pack else [[group] for group in groups]):
             scale = min(max(rng.normal(1, 0.3), 0.7), 1.3)
             angle = math.radians(rng.uniform(-40, 40)) if rng.random() < 0.5 else 0.0
             crop = crop_of(o, scale, angle)
-            where = crop.from_photo(o.keypoints)
-            inside = o.visible & ((where >= 0) & (where < 1)).all(axis=1)
-            asked = [[k for k in group if inside[k]] for group in together]
+            shown = o.visible & inside(crop.from_photo(o.keypoints))
+            asked = [[k for k in group if shown[k]] for group in together]
             if any(asked):
-                examples.append(Example(o, crop, [group for group in asked if group]))
+                examples.append(Example(o, crop, [group for group in asked if group], (seed, epoch, i, number)))
     order = np.random.default_rng((seed, epoch)).permutation(len(examples))
     return [examples[i] for i in order]
 
@@ -336,13 +251,15 @@ class TrainingSet(torch.utils.data.Dataset):
         return len(self.examples)
 
     def __getitem__(self, i):
-        e = self.examples[i]
-        texts = self.categories[e.object.category].keypoints
-        where = e.crop.from_photo(e.object.keypoints)
+        e, rng = self.examples[i], np.random.default_rng(self.examples[i].seed)
+        category, where = self.categories[e.object.category], e.crop.from_photo(e.object.keypoints)
+        shown = e.object.visible & inside(where)
+        hidden = [name for (name, _), seen in zip(category.keypoints, shown) if not seen]
         tokens = [self.chat.bos, *self.chat.newline]
         labels, groups = [IGNORE] * len(tokens), [0] * len(tokens)
         for number, group in enumerate(e.groups, 1):
-            ids, learned = self.chat.conversation([(texts[k], where[k]) for k in group])
+            scene = Scene(category, [(category.keypoints[k], where[k]) for k in group], hidden, rng)
+            ids, learned = self.chat.conversation(scene)
             tokens, labels, groups = tokens + ids, labels + learned, groups + [number] * len(ids)
         image = e.crop.cut(Path(self.root, "images", e.object.photo), self.size)
         return {"image": image, "tokens": tokens, "labels": labels, "groups": groups}

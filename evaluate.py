@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Chat, crop_of, existing_photos, read_descriptions, read_objects, report_missing
+from data import crop_of, existing_photos, read_descriptions, read_objects, report_missing
 from llama import InputError, read_json
-from predict import draw_object, predict, save_picture
-from train import load_model, positive, read_checkpoint, run, start_processes
+from predict import check_decoding, draw_object, load_trained, predict, save_picture
+from train import positive, read_checkpoint, run, start_processes
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
 
@@ -128,18 +128,37 @@ class Photos(torch.utils.data.Dataset):
             return i, None
 
 
-def predict_objects(model, chat, objects, categories, batches, constrained, decode):
-    """-> {index of object: [(point, confidence), ...]}, None for a photo that cannot be read."""
+def predict_objects(model, chat, objects, categories, batches, **how):
+    """-> {index of object: [(point, confidence), ...]}, None for a photo that cannot be read. how: see predict()."""
     results = {}
     for batch in batches:
         results.update({i: None for i, image in batch if image is None})
         batch = [(i, image) for i, image in batch if image is not None]
         if batch:
             indices, images = zip(*batch)
-            texts = [categories[objects[i].category].keypoints for i in indices]
-            told = predict(model, chat, [crop_of(objects[i]) for i in indices], torch.stack(images), texts, constrained, decode)
+            told = predict(model, chat, [crop_of(objects[i]) for i in indices], torch.stack(images),
+                           [categories[objects[i].category] for i in indices], **how)
             results.update(zip(indices, told))
     return results
+
+
+def run_checkpoint(args, checkpoint, objects, categories, root):
+    """Asks the checkpoint's model, on all processes -> {index of object: [(point, confidence), ...]}; on all but the first None."""
+    rank, world, device = start_processes()
+    model, chat = load_trained(checkpoint, device, args.llm, args.vit)
+    check_decoding(chat, args.decode, args.constrained)
+    # Photos with as many keypoints share a batch, so that processes get equal shares; which share one depends on nothing else.
+    order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))
+    batches = [order[i:i + args.batch] for i in range(0, len(order), args.batch)][rank::world]
+    photos = Photos(objects, root, checkpoint["args"]["image_size"])
+    loader = DataLoader(photos, batch_sampler=batches, collate_fn=list, num_workers=args.workers)
+    results = predict_objects(model, chat, objects, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True),
+                              constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, results)
+        results = {i: told for part in gathered for i, told in part.items()}
+    return results if rank == 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- picture
@@ -188,6 +207,8 @@ def parse_arguments(argv):
     parser.add_argument("--vit", help="likewise")
     parser.add_argument("--protocol", choices=["query", "pairs"], default="query", help="Table 2: each object once, or support-query pairs")
     parser.add_argument("--constrained", action="store_true", help="force the format of answers, so that none is malformed")
+    parser.add_argument("--cumulative", action="store_true", help="ask a photo's keypoints one after another in one conversation, in the "
+                        "order of the descriptions, the model's own answers among the questions")
     parser.add_argument("--decode", choices=["greedy", "median", "mean"], default="greedy", help="of the distribution of each coordinate")
     parser.add_argument("--allow-missing", action="store_true", help="go on without objects whose photo or prediction is missing")
     parser.add_argument("--batch", type=positive, default=8, help="photos asked at a time")
@@ -197,6 +218,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.score):
         parser.error("give either a checkpoint or --score predictions.json")
+    if args.score and (args.constrained or args.cumulative or args.decode != "greedy"):
+        parser.error("--constrained, --cumulative and --decode say how a checkpoint is asked; --score asks nothing")
     return args
 
 
@@ -207,13 +230,14 @@ def main(argv):
     root = args.data or getattr(trained, "data", "data/mp100")
     split = args.split or getattr(trained, "split", 1)
     annotations = Path(root, "annotations", f"mp100_split{split}_{args.subset}.json")
-    categories = read_descriptions(getattr(trained, "descriptions", args.descriptions or "descriptions.json"))
+    own = Path(getattr(trained, "descriptions", "descriptions.json"))
+    categories = read_descriptions(own) if own.exists() or not args.descriptions else {}
     if args.descriptions:
         categories |= read_descriptions(args.descriptions)
     objects = read_objects(annotations, categories)
     if not objects:
         raise InputError(f"{annotations}: no object to evaluate")
-    facts = {"split": split, "subset": args.subset}
+    facts = {"split": split, "subset": args.subset, **({"cumulative": True} if args.cumulative else {})}
 
     if args.score:
         predictions = read_predictions(args.score, objects, args.allow_missing)
@@ -223,26 +247,10 @@ def main(argv):
             write_json(args.report, report)
         return
 
-    rank, world, device = start_processes()
     n_annotated = len(objects)
     objects = existing_photos(objects, root, categories, args.allow_missing)
-    if not objects:
-        raise InputError(f"{root}/images: no photos to evaluate on")
-    trained.llm, trained.vit = args.llm or trained.llm, args.vit or trained.vit
-    model, chat = load_model(trained, device, checkpoint).eval(), Chat(trained.llm)
-    if args.constrained and not chat.digits:
-        raise InputError(f"--constrained: the tokenizer of {trained.llm} cuts three-digit numbers irregularly")
-    # Photos with as many keypoints share a batch, so that processes get equal shares; which share one depends on nothing else.
-    order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))
-    batches = [order[i:i + args.batch] for i in range(0, len(order), args.batch)][rank::world]
-    loader = DataLoader(Photos(objects, root, trained.image_size), batch_sampler=batches, collate_fn=list, num_workers=args.workers)
-    results = predict_objects(model, chat, objects, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True),
-                              args.constrained, args.decode)
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, results)
-        results = {i: told for part in gathered for i, told in part.items()}
-    if rank > 0:
+    results = run_checkpoint(args, checkpoint, objects, categories, root)
+    if results is None:
         return
     report_missing([o for i, o in enumerate(objects) if results[i] is None], root, categories, args.allow_missing)
     read = [i for i in range(len(objects)) if results[i]]
@@ -257,7 +265,7 @@ def main(argv):
     out = Path(args.out or Path(args.checkpoint).parent)
     write_json(args.report or out / "report.json", report)
     write_json(out / "predictions.json", [
-        {"annotation_id": o.id, "keypoints": points, "confidence": [round(confidence, 4) for _, confidence in told]}
+        {"annotation_id": o.id, "keypoints": points, "confidence": [confidence and round(confidence, 4) for _, confidence in told]}
         for o, points, told in zip(objects, predictions, results)])
     contact_sheet(out / "predictions.png", objects, predictions, categories, root)
     print(f"wrote {out}/report.json, predictions.json, predictions.png")

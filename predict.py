@@ -14,20 +14,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Chat, Crop, normalize
+from data import Category, Crop, normalize
 from llama import InputError, read_json
-from train import load_model, read_checkpoint, run, start_processes
+from train import load_chat, load_model, read_checkpoint, run, start_processes
 
 
-def predict(model, chat, crops, images, texts, constrained=False, decode="greedy"):
-    """Asks for keypoints. images uint8 (P, 3, size, size), the pixels of `crops`; texts: for each photo its (name, description)s;
-    constrained and decode as in CapeLLM.locate() and Chat.coordinates().
+def load_trained(checkpoint, device, llm=None, vit=None):
+    """What read_checkpoint() gave -> the network and the Chat that it was trained with. llm, vit: where the weights lie now."""
+    trained = argparse.Namespace(**checkpoint["args"])
+    if trained.pretrain:
+        raise InputError("the checkpoint is one of --pretrain, which locates nothing; train from it with train.py --init")
+    trained.llm, trained.vit = llm or trained.llm, vit or trained.vit
+    return load_model(trained, device, checkpoint).eval(), load_chat(trained)
+
+
+def check_decoding(chat, decode, constrained=False):
+    """InputError if the answers of a model cannot be read in the way that was asked for."""
+    if not chat.place.digits and (constrained or decode != "greedy"):
+        raise InputError(f"{'--constrained' if constrained else f'--decode {decode}'}: this model does not spell places in digits, one "
+                         "or three at a time; leave it out")
+
+
+def predict(model, chat, crops, images, categories, constrained=False, decode="greedy", cumulative=False):
+    """Asks for all keypoints. images uint8 (P, 3, size, size), the pixels of `crops`; categories: of each photo;
+    constrained, cumulative and decode as in CapeLLM.locate() and Chat.coordinates().
 
     -> for each photo a list of (point, confidence), the point in pixels of its photo or None if the answer was no coordinates.
     """
     device = model.projection.weight.device
-    questions = [[chat.question(*text) for text in asked] for asked in texts]
-    told = model.locate(normalize(images.to(device)), questions, chat, constrained)
+    questions = [chat.questions(category, cumulative) for category in categories]
+    told = model.locate(normalize(images.to(device)), questions, chat, constrained, cumulative)
     results = []
     for crop, answers in zip(crops, told):
         read = [chat.coordinates(ids, spread, decode) for ids, spread in answers]
@@ -125,15 +141,16 @@ def main(argv):
     keypoints = parse_keypoints(args.keypoints, args.descriptions)
     x, y, w, h = parse_box(args.box, args.photo)
 
-    trained = argparse.Namespace(**checkpoint["args"])
-    trained.llm, trained.vit = args.llm or trained.llm, args.vit or trained.vit
     *_, device = start_processes()
-    model, chat = load_model(trained, device, checkpoint).eval(), Chat(trained.llm)
+    model, chat = load_trained(checkpoint, device, args.llm, args.vit)
+    check_decoding(chat, args.decode)
     crop = Crop(x + w / 2, y + h / 2, max(w, h))
-    [told] = predict(model, chat, [crop], crop.cut(args.photo, trained.image_size)[None], [keypoints], decode=args.decode)
+    image = crop.cut(args.photo, checkpoint["args"]["image_size"])
+    [told] = predict(model, chat, [crop], image[None], [Category("object", keypoints)], decode=args.decode)
     print(f"{'x':>9}{'y':>9}{'confidence':>12}  keypoint")
     for (name, _), (point, confidence) in zip(keypoints, told):
-        print(f"{point[0]:9.1f}{point[1]:9.1f}{confidence:12.2g}  {name}" if point else f"{'no coordinates in the answer':>30}  {name}")
+        sure = "unknown" if confidence is None else f"{confidence:.2g}"
+        print(f"{point[0]:9.1f}{point[1]:9.1f}{sure:>12}  {name}" if point else f"{'no coordinates in the answer':>30}  {name}")
     picture = Path(args.out or f"{Path(args.photo).stem}.keypoints.png")
     save_picture(draw_object(args.photo, crop, [name for name, _ in keypoints], [point for point, _ in told], side=720), picture)
     print(f"wrote {picture}")

@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Chat, TrainingSet, collate, existing_photos, normalize, plan_epoch, read_descriptions, read_objects
+from chat import INSTRUCTIONS, PRETRAINING, Chat
+from data import TrainingSet, collate, count_groups, existing_photos, normalize, plan_epoch, read_descriptions, read_objects
 from llama import InputError
 from lora import load_trainable_state, trainable_state
 from model import CapeLLM
@@ -37,6 +38,10 @@ def positive(text):
     return int(text)
 
 
+def rounds(text):
+    return text if text == "dynamic" else positive(text)
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Fine-tunes CapeLLM on MP-100.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False)
@@ -48,11 +53,13 @@ def parse_arguments(argv):
     files.add_argument("--vit", default="weights/dinov2-large", help="config.json, model.safetensors")
     files.add_argument("--out", help="folder of the checkpoint; runs/splitN if not given")
     files.add_argument("--resume", metavar="CKPT", help="a checkpoint to go on from, with its arguments")
+    files.add_argument("--init", metavar="CKPT", help="a checkpoint whose projection to start from, such as one of --pretrain")
     files.add_argument("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
     network = parser.add_argument_group("network")
     network.add_argument("--image-size", type=positive, default=224, help="pixels a side")
     network.add_argument("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="Table 4")
     network.add_argument("--tune-llm", choices=["frozen", "lora", "full"], default="lora")
+    network.add_argument("--answer", choices=["text", "token"], default="text", help="Table 8: coordinates as text, or read off <KEYPOINT>")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=positive, default=12)
     recipe.add_argument("--batch", type=positive, default=128, help="conversations in an optimizer step")
@@ -61,7 +68,9 @@ def parse_arguments(argv):
     recipe.add_argument("--warmup", type=float, default=0.03, help="share of the steps, then cosine to 0")
     recipe.add_argument("--weight-decay", type=float, default=0.01)
     recipe.add_argument("--clip", type=float, default=0, help="largest norm of the gradient, 0 for none")
-    recipe.add_argument("--rounds", type=positive, default=4, help="keypoints asked in a conversation")
+    recipe.add_argument("--instruction", choices=INSTRUCTIONS, default="description", help="what is said of keypoints: Tables 3, 6, 7")
+    recipe.add_argument("--rounds", type=rounds, default=4, help='keypoints asked in a conversation (Table 4), or "dynamic": any number')
+    recipe.add_argument("--pretrain", choices=PRETRAINING, help="Table 9: trains the projection alone, to name the keypoint at a place")
     recipe.add_argument("--seed", type=int, default=42)
     running = parser.add_argument_group("running")
     running.add_argument("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch then counts "
@@ -75,6 +84,10 @@ def parse_arguments(argv):
     if args.resume:  # the run's own arguments, but for what the command line says
         parser.set_defaults(**read_checkpoint(args.resume)["args"])
         args = parser.parse_args(argv)
+    if args.pretrain:
+        if (args.instruction, args.answer) != ("description", "text") or "full" in (args.tune_vit, args.tune_llm):
+            parser.error("--pretrain has its own instruction and trains the projection alone: leave out --instruction, --answer, --tune-*")
+        args.tune_vit = args.tune_llm = "frozen"
     args.out = args.out or f"runs/split{args.split}"
     return args
 
@@ -130,13 +143,20 @@ def save_checkpoint(path, **contents):
 def load_model(args, device, checkpoint=None):
     """The network of a run's arguments, with the trained weights of its checkpoint if there is one."""
     torch.manual_seed(args.seed)  # the adapters and the projection start alike in all processes
-    model = CapeLLM.load(args.vit, args.llm, args.image_size, args.tune_vit, args.tune_llm, device)
-    if checkpoint:
-        try:
+    model = CapeLLM.load(args.vit, args.llm, args.image_size, args.tune_vit, args.tune_llm, args.answer, device)
+    try:
+        if checkpoint:
             load_trainable_state(model, checkpoint["model"])
-        except ValueError as e:
-            raise InputError(f"{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None
+        elif args.init:
+            start = {name: tensor for name, tensor in read_checkpoint(args.init)["model"].items() if name.startswith("projection.")}
+            load_trainable_state(model.projection, {name.removeprefix("projection."): tensor for name, tensor in start.items()})
+    except ValueError as e:
+        raise InputError(f"{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None
     return model
+
+
+def load_chat(args):
+    return Chat(args.llm, f"pretrain {args.pretrain}" if args.pretrain else args.instruction, args.answer)
 
 
 def learning_rate(step, steps, args):
@@ -167,12 +187,10 @@ def main(argv):
     accumulation = args.batch // (args.micro_batch * world)
 
     # ---- data
-    chat, categories = Chat(args.llm), read_descriptions(args.descriptions)
+    chat, categories = load_chat(args), read_descriptions(args.descriptions)
     objects = read_objects(Path(args.data, "annotations", f"mp100_split{args.split}_train.json"), categories)
     objects = existing_photos(objects, args.data, categories, args.allow_missing)
-    if not objects:
-        raise InputError(f"{args.data}: split {args.split} has no photos to train on")
-    n_examples = len(objects) if args.pack else sum(math.ceil(len(o.keypoints) / args.rounds) for o in objects)
+    n_examples = len(objects) if args.pack else sum(count_groups(len(o.keypoints), args.rounds) for o in objects)
     epoch_steps = math.ceil(n_examples / args.batch)
     steps = args.epochs * epoch_steps
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from chat import IGNORE, Chat  # noqa: E402
+
 torch.set_num_threads(1)  # faster for tiny networks than two that wait for each other
 
 
@@ -50,3 +53,34 @@ def tiny(tmp_path_factory):
         save_file(network.state_dict(), folder / name / "model.safetensors")
     tokenizer.save(str(folder / "llm" / "tokenizer.json"))
     return folder
+
+
+def sentencepiece(*fused):
+    """As Llama-2's: a space is "\u2581", one is put before any text, digits stand alone but for those fused, bytes for unknown letters."""
+    merges, characters = [("\u2581", "["), ("\u2581", "U"), *fused], map(chr, range(33, 127))
+    vocabulary = ["<s>", "</s>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", *characters, *map("".join, merges)]
+    t = Tokenizer(models.BPE({t: i for i, t in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True))
+    t.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return t.to_str()
+
+
+@pytest.fixture(scope="session", params=["llama3", "tiny", "llama2", "lumps"])
+def chat(request, tmp_path_factory):
+    """The same code with Llama-3's own tokenizer, byte pairs with single digits, SentencePiece, and one that fuses some numbers."""
+    folder, (bos, eos) = tmp_path_factory.mktemp("chat"), (128000, 128001) if request.param == "llama3" else (0, [1, 2])
+    owner, name = {"llama3": ("shared", "llama3_tokenizer"), "tiny": ("tiny", "llm")}.get(request.param, (None, None))
+    made = sentencepiece(*[("0", "0"), ("1", "2"), ("12", "3")] * (request.param == "lumps"))
+    (folder / "tokenizer.json").write_text((request.getfixturevalue(owner) / name / "tokenizer.json").read_text() if owner else made)
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": eos, "vocab_size": 128256}))
+    chat = Chat(folder)
+    chat.folder = folder
+    chat.choices = {"llama3": 2, "lumps": 0}.get(request.param, 6)  # of an answer: x and y, or their digits; 0: no template holds
+    return chat
+
+
+def runs(ids, labels):
+    """A sequence cut where supervision begins and ends: lists of ids, unsupervised and supervised in turn."""
+    assert len(ids) == len(labels) and all(label in (IGNORE, id) for id, label in zip(ids, labels))
+    edges = [0, *(i for i in range(1, len(ids)) if (labels[i] == IGNORE) != (labels[i - 1] == IGNORE)), len(ids)]
+    return [ids[a:b] for a, b in zip(edges, edges[1:])]

@@ -1,4 +1,4 @@
-"""data.py: conversations with four kinds of tokenizers, MP-100's own annotations, crops of drawn photos, epochs, bad input."""
+"""data.py: MP-100's own annotations, crops of drawn photos, epochs, bad input."""
 
 import gzip
 import json
@@ -7,96 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
-from tokenizers import Tokenizer, decoders, models, normalizers
 
 import data
-from data import IGNORE, Category, Chat, Crop, Object, TrainingSet, collate, crop_of, plan_epoch, read_descriptions, read_objects
+from chat import IGNORE, Chat
+from data import Category, Crop, Object, TrainingSet, collate, crop_of, plan_epoch, read_descriptions, read_objects
 from llama import InputError
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), min_size=1, max_size=30)
 CUP = Category("cup", [("rim", "where one drinks."), ("foot", "below (or under) it"), ("left ear", "its handle"), ("heart", "inside")])
 CATEGORIES = {1: CUP, 2: Category("plate", [("rim", "all around")])}
-
-
-def sentencepiece(*fused):
-    """As Llama-2's: a space is "\u2581", one is put before any text, digits stand alone but for those fused, bytes for unknown letters."""
-    merges, characters = [("\u2581", "["), ("\u2581", "U"), *fused], map(chr, range(33, 127))
-    vocabulary = ["<s>", "</s>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", *characters, *map("".join, merges)]
-    t = Tokenizer(models.BPE({t: i for i, t in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True))
-    t.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return t.to_str()
-
-
-@pytest.fixture(scope="module", params=["llama3", "tiny", "llama2", "lumps"])
-def chat(request, tmp_path_factory):
-    """The same code with Llama-3's own tokenizer, byte pairs with single digits, SentencePiece, and one that fuses some numbers."""
-    folder, (bos, eos) = tmp_path_factory.mktemp("chat"), (128000, 128001) if request.param == "llama3" else (0, [1, 2])
-    owner, name = {"llama3": ("shared", "llama3_tokenizer"), "tiny": ("tiny", "llm")}.get(request.param, (None, None))
-    made = sentencepiece(*[("0", "0"), ("1", "2"), ("12", "3")] * (request.param == "lumps"))
-    (folder / "tokenizer.json").write_text((request.getfixturevalue(owner) / name / "tokenizer.json").read_text() if owner else made)
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": eos}))
-    chat = Chat(folder)
-    chat.choices = {"llama3": 2, "lumps": 0}.get(request.param, 6)  # of an answer: x and y, or their digits; 0: no template holds
-    return chat
-
-
-def runs(ids, labels):
-    """A sequence cut where supervision begins and ends: lists of ids, unsupervised and supervised in turn."""
-    assert len(ids) == len(labels) and all(label in (IGNORE, id) for id, label in zip(ids, labels))
-    edges = [0, *(i for i in range(1, len(ids)) if (labels[i] == IGNORE) != (labels[i - 1] == IGNORE)), len(ids)]
-    return [ids[a:b] for a, b in zip(edges, edges[1:])]
-
-
-@pytest.mark.parametrize("chat", ["llama3"], indirect=True)
-def test_llama3_sequence_is_the_published_one(chat):
-    id, points = chat.tokenizer.token_to_id, CUP.keypoints[1:3]
-    asked = [chat.tokenizer.encode(f"User: where is the {n}?\nReference: {t}\nAssistant:", add_special_tokens=False).ids for n, t in points]
-    for v, w in zip(range(1000), range(999, -1, -1)):
-        told = [[*(id(t) for t in ("\u0120[", "0", ".", f"{a:03}", ",", "0", ".", f"{b:03}", "]")), 128001] for a, b in ((v, w), (w, v))]
-        rounds = zip(points, [(v / 1000, w / 1000), (w / 1000, v / 1000)])
-        assert runs(*chat.conversation(rounds)) == [asked[0], told[0], asked[1], told[1]]
-    assert (chat.bos, chat.newline) == (128000, [id("\u010a")]) and chat.template == [*told[0][:3], None, *told[0][4:7], None]
-
-
-@quick
-@given(rounds=st.lists(st.tuples(st.tuples(texts, texts), st.tuples(*[st.floats(-1, 2)] * 2)), min_size=1, max_size=5))
-def test_only_answers_are_supervised_and_no_piece_touches_the_next(chat, rounds):
-    ids, labels = chat.conversation(rounds)
-    pieces, alone = runs(ids, labels), [chat.conversation([r]) for r in rounds]
-    assert len(pieces) == 2 * len(rounds) and (ids, labels) == (sum((a for a, _ in alone), []), sum((b for _, b in alone), []))
-    for ((name, text), point), question, answer in zip(rounds, pieces[::2], pieces[1::2]):
-        assert chat.tokenizer.decode(question).split() == f"User: where is the {name}?\nReference: {text}\nAssistant:".split()
-        assert len("".join(map(chat.tokenizer.id_to_token, answer[:-1]))) == len(" [0.123,0.456]") and chat.eos not in answer[:-1]
-        assert np.abs(np.subtract(chat.parse(answer), np.clip(point, 0, 0.999))).max() < 0.0005 + 1e-9
-
-
-def test_every_answer_is_drafted_and_read_back_and_malformed_ones_are_none(chat):
-    assert chat.answer(1.0, -0.0) == chat.answer(0.9996, -0.2) == chat.answer(np.float64(1.7), -0.0004) == chat.answer(0.999, 0.0)
-    for v in range(1000):
-        point = v / 1000, (7 * v + 123) % 1000 / 1000
-        whole, said, spread = (answer := chat.answer(*point))[:-2], [], []  # whole: up to the last digit
-        assert chat.parse(whole) == chat.parse(answer) == point and answer[-1] in (1, 128001)
-        while chat.choices and len(said) < len(whole):
-            said += chat.draft(said)
-            spread.append(np.array([token == whole[len(said)] for token in chat.digits], float))
-            said.append(whole[len(said)])
-            assert said == whole[:len(said)] and spread[-1].sum() == 1
-        assert len(spread) == chat.choices and len(said) == len(chat.template) * (chat.choices > 0)
-        for decode in ("greedy", "median", "mean") if v % 50 == 7 else ():
-            assert chat.coordinates(whole, spread, decode) == (pytest.approx(point), chat.choices > 0)
-    whole = chat.answer(0.987, 0.654)[:len(chat.template)]
-    assert chat.choices or chat.draft([]) == [] and chat.coordinates(whole, np.ones((len(whole), len(chat.digits))), "median")[1] == 0
-    assert chat.draft(chat.encode("nose")) == chat.draft([whole[0], chat.eos]) == []
-    said = ("0.123,0.456", " [.123,.456", " [0.123;0.456", " [0.12,0.456", " [0.1234,0.456", " [0.123,0.4567", " [1.123,0.456",
-            " [-0.1,0.456", " [nan,0.456", "The nose", "\n")
-    for ids in [[chat.eos], [10**6], answer[-3::-1], *(answer[:n] for n in range(len(answer) - 2)), *map(chat.encode, said)]:
-        assert chat.parse(ids) is None, chat.tokenizer.decode(ids)
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +141,16 @@ def test_groups_hold_every_keypoint_and_the_last_is_filled_with_others(n, k, see
     assert sorted(sum(groups, [])[:n]) == [*range(n)] and [[len(g), len({*g})] for g in groups] == [[min(n, k)] * 2] * math.ceil(n / k)
 
 
+def test_dynamic_rounds_ask_every_keypoint_once_in_as_many_conversations_as_four(monkeypatch):
+    sizes = []
+    for n in range(1, 69):
+        groups = data.group_keypoints(n, "dynamic", np.random.default_rng(n))
+        assert sorted(sum(groups, [])) == [*range(n)] and all(groups) and len(groups) == math.ceil(n / 4) == data.count_groups(n, "dynamic")
+        sizes += map(len, groups)
+    assert set(sizes) > {*range(1, 9)} and np.mean(sizes) == pytest.approx(4, abs=0.5)
+    assert len({repr(data.group_keypoints(17, "dynamic", np.random.default_rng(seed))) for seed in range(20)}) == 20
+
+
 def test_augmentation_is_as_published_and_none_is_in_a_test():
     crops = [e.crop for e in plan_epoch(cups(4000), 0, 0, rounds=4)]
     scale, angle = np.array([(crop.side / 100, math.degrees(crop.angle)) for crop in crops]).T
@@ -259,7 +192,7 @@ def test_training_sequence_shows_the_crop_and_asks_where_its_keypoints_are(chat,
         assert (ids[:n], learned[:n]) == (item["tokens"], item["labels"]) and torch.equal(image, crop.cut(tmp_path / "images/cup.png", 28))
         assert ids[:head] == [chat.bos, *chat.newline] and learned[:head] + learned[n:] == [IGNORE] * (head + len(ids) - n)
         pieces = runs(ids[head:n], learned[head:n])
-        assert pieces[::2] == [chat.question(*CUP.keypoints[k]) for k in asked]
+        assert pieces[::2] == [chat.questions(CUP)[k] for k in asked]
         assert all(np.abs(crop.to_photo(chat.parse(p[:-1])) - cup.keypoints[k]).max() < 0.16 for k, p in zip(asked, pieces[1::2]))
     first = len(sum(runs(items[0]["tokens"][head:], items[0]["labels"][head:])[:4], []))
     assert numbers is None if len(groups) == 1 else numbers[0].tolist() == [0] * head + [1] * first + [2] * (len(tokens[0]) - head - first)

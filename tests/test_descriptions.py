@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from data import Chat
+from chat import Chat
+from data import Category
 
 TEXTS = json.loads((ROOT / "descriptions.json").read_text(encoding="utf-8"))
 RENAMED = json.loads((ROOT / "assets/animal_body_renamed.json").read_text(encoding="utf-8"))  # the same points under other names
@@ -176,7 +177,10 @@ def test_questions_are_short(shared, tmp_path):
     (tmp_path / "tokenizer.json").symlink_to(shared / "llama3_tokenizer/tokenizer.json")
     (tmp_path / "config.json").write_text('{"bos_token_id": 128000, "eos_token_id": 128009}')
     chat = Chat(tmp_path)
-    lengths = {(s, k["name"]): len(chat.question(k["name"], k["description"])) for s, keypoints in SETS.items() for k in keypoints}
+    lengths = {}
+    for s, keypoints in SETS.items():
+        questions = chat.questions(Category(s, [(k["name"], k["description"]) for k in keypoints]))
+        lengths |= {(s, k["name"]): len(question) for k, question in zip(keypoints, questions)}
     longest = max(lengths, key=lengths.get)
     print(f"question tokens: mean {np.mean([*lengths.values()]):.1f}, max {lengths[longest]} {longest}")
     assert lengths[longest] < 110

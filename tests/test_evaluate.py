@@ -15,8 +15,11 @@ from PIL import Image
 from test_train import PROGRAM, draw_mp100, refused
 
 import evaluate
+import predict
 import train
+from chat import Chat
 from data import Category, Crop, Object, read_descriptions, read_objects
+from model import CapeLLM
 from predict import draw_object, palette
 
 PCK = ["PCK@0.05", "PCK@0.1", "PCK@0.15", "PCK@0.2", "PCK@0.25"]
@@ -193,7 +196,7 @@ def test_missing_and_truncated_photos_are_listed_or_left_out(evaluated, checkpoi
     (data / "images" / "wagon" / "4.jpg").unlink()
     assert "no pairs" in refused(evaluate, [*argv, "--allow-missing", "--protocol", "pairs"])  # a kite is left
     shutil.rmtree(data / "images")
-    assert "no photos" in refused(evaluate, [*argv, "--allow-missing"])
+    assert "none of the photos" in refused(evaluate, [*argv, "--allow-missing"])
 
 
 def test_backbones_may_have_moved_since(evaluated, checkpoint, tiny, tmp_path):
@@ -211,10 +214,10 @@ def test_backbones_may_have_moved_since(evaluated, checkpoint, tiny, tmp_path):
 def test_other_descriptions_replace_those_of_their_categories(evaluated, tmp_path, monkeypatch):
     asked = []
 
-    def question(chat, *text, ask=evaluate.Chat.question):
-        asked.append(text)
-        return ask(chat, *text)
-    monkeypatch.setattr(evaluate.Chat, "question", question)
+    def questions(chat, category, cumulative, ask=Chat.questions):
+        asked.extend(category.keypoints)
+        return ask(chat, category, cumulative)
+    monkeypatch.setattr(Chat, "questions", questions)
     overlay = tmp_path / "kites.json"
     overlay.write_text(json.dumps({"keypoint_sets": {"k": [{"name": n, "description": "over there"} for n in ("top", "end", "side")]},
                                    "categories": {"2": {"name": "kite", "keypoint_set": "k"}}}))
@@ -222,6 +225,45 @@ def test_other_descriptions_replace_those_of_their_categories(evaluated, tmp_pat
     assert len(asked) == 24 and set(asked) == {
         ("top", "over there"), ("end", "over there"), ("side", "over there"),
         *((n, f"the {n} of a wagon") for n in ("front wheel", "rear wheel", "roof", "shaft", "lamp"))}
+
+
+def test_descriptions_of_a_checkpoint_may_be_gone_if_others_are_given(checkpoint, tmp_path):
+    contents = torch.load(checkpoint / "ckpt.pt", weights_only=True)
+    texts, contents["args"]["descriptions"] = contents["args"]["descriptions"], str(tmp_path / "gone.json")
+    torch.save(contents, tmp_path / "ckpt.pt")
+    argv = [str(tmp_path / "ckpt.pt"), "--workers", "0"]
+    assert "gone.json: no such file" in refused(evaluate, argv)
+    evaluate.main([*argv, "--descriptions", texts])
+    assert json.loads((tmp_path / "report.json").read_text())["objects"] == 6
+
+
+def test_cumulative_asks_in_the_order_of_the_descriptions_and_says_so(evaluated, monkeypatch):
+    held = []
+
+    def locate(self, images, questions, chat, constrained, cumulative, locate=CapeLLM.locate):
+        told = locate(self, images, questions, chat, constrained, cumulative)
+        held.extend(([*map(tuple, asked)], cumulative) for asked in questions)
+        return told
+    monkeypatch.setattr(CapeLLM, "locate", locate)
+    (apart, one), (together, two) = evaluated("--constrained"), evaluated("--constrained", "--cumulative")
+    assert (together["cumulative"], "cumulative" in apart) == (True, False) and held[:6] == [(asked, False) for asked, _ in held[6:]]
+    assert all(cumulative for _, cumulative in held[6:]) and sorted(len(asked) for asked, _ in held[6:]) == [3] * 3 + [5] * 3
+    assert [p["keypoints"][0] for p in one] == [p["keypoints"][0] for p in two]  # nothing comes before the first
+    assert [p["keypoints"][1:] for p in one] != [p["keypoints"][1:] for p in two]
+
+
+def test_ways_of_asking_that_do_not_fit_are_one_clear_line(checkpoint, tiny, tmp_path, capsys):
+    path, data = tmp_path / "ckpt.pt", checkpoint / "data"
+    train.main(list(map(str, ["--data", data, "--descriptions", data / "descriptions.json", "--llm", tiny / "llm", "--vit", tiny / "vit",
+                              "--out", tmp_path, "--image-size", 56, "--epochs", 1, "--batch", 8, "--workers", 0, "--answer", "token"])))
+    for how in ["--decode", "median"], ["--constrained"]:
+        assert all(word in refused(evaluate, [path, *how]) for word in (how[0], "does not spell places in digits"))
+        assert "--score asks nothing" in refused(evaluate, ["--score", "p.json", *how])
+    assert "--score asks nothing" in refused(evaluate, ["--score", "p.json", "--cumulative"])
+    argv = [path, data / "images/kite/1.jpg", "--keypoints", "tip: the upper end", "--out", tmp_path / "kite.png"]
+    assert "error: --decode median" in refused(predict, [*argv, "--decode", "median"])
+    predict.main(list(map(str, argv)))
+    assert re.search(r"\d+\.\d +\d+\.\d +unknown  tip\n", capsys.readouterr().out) and (tmp_path / "kite.png").exists()
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from data import Chat
+from chat import Chat, Form
 from model import CapeLLM, Rows
 
 
@@ -122,27 +122,32 @@ class TinyChat(Chat):
     """A Chat over the 512 made-up tokens of the authors' toy network, with `numbers` tokens a coordinate."""
 
     def __init__(self, numbers):
-        self.bos, self.eos, self.newline, self.digits = 1, 2, [3], list(range(100, 400))
-        self.template = [10, 11, *[None] * numbers, 12, 11, *[None] * numbers]
+        self.bos, self.eos, self.newline, self.opening, self.words = 1, 2, [3], [], Form([None] * 5, [], [2])
+        self.place = Form([10, 11, *[None] * numbers, 12, 11, *[None] * numbers], list(range(100, 400)), [13, 2])
 
     def learn(self, answer):
         """Makes the known tokens of all answers those of this one."""
-        self.template = [known and token for known, token in zip(self.template, answer)]
+        self.place.template[:] = [known and token for known, token in zip(self.place.template, answer)]
+
+
+def last_state(model, image, ids):
+    """The hidden state after BOS, a photo and more tokens, the whole sequence read at once."""
+    text = model.llama.embed_tokens(torch.tensor(ids))
+    return model.llama(torch.cat((text[:1], image, text[1:]))[None])[0][0, -1]
+
+
+def say(model, image, ids, form):
+    """Greedy decoding in the plain way: the whole sequence is read again for each new token."""
+    answer = []
+    while len(answer) < len(form.template) and answer[-1:] != form.closing[-1:]:
+        answer.append(model.llama.lm_head(last_state(model, image, ids + answer)).argmax().item())
+    return answer
 
 
 def one_by_one(model, images, questions, chat):
-    """The plain way: each question alone, the whole sequence read again for each new token."""
-    answers = []
-    for image, asked in zip(model.see(images), questions):
-        for question in asked:
-            ids = [chat.bos, *chat.newline, *question]
-            start = len(ids)
-            while len(ids) - start < len(chat.template) and ids[-1] != chat.eos:
-                text = model.llama.embed_tokens(torch.tensor(ids))
-                hidden, _ = model.llama(torch.cat((text[:1], image, text[1:]))[None])
-                ids.append(model.llama.lm_head(hidden[0, -1]).argmax().item())
-            answers.append(ids[start:])
-    return answers
+    """Each question alone."""
+    return [say(model, image, [chat.bos, *chat.newline, *question], chat.place)
+            for image, asked in zip(model.see(images), questions) for question in asked]
 
 
 def made_up(shared, counts):
@@ -162,7 +167,7 @@ def test_locate_gives_the_tokens_of_plain_greedy_decoding(shared, numbers, count
     model, images, questions = made_up(shared, counts)
     chat = TinyChat(numbers)
     expected = one_by_one(model, images, questions, chat)
-    assert all(chat.template[0] != answer[0] for answer in expected)  # an untrained network follows no template
+    assert all(chat.place.template[0] != answer[0] for answer in expected)  # an untrained network follows no template
     for learned in [None, *expected[:3]]:  # then one that one of the rows follows to the end, and others in part
         if learned:
             chat.learn(learned)
@@ -181,7 +186,7 @@ def test_answers_on_the_template_take_one_pass_a_digit_and_few_logits(shared, nu
     model.llama.lm_head.register_forward_hook(lambda _, args, __: looked.append(len(args[0])))
     model.locate(images, questions, chat, constrained=True)
     assert len(seen) == passes  # the photos, then one a digit of x and y
-    assert sum(looked) == 7 * len(chat.template)  # each token of an answer predicted once, and nothing else
+    assert sum(looked) == 7 * len(chat.place.template)  # each token of an answer predicted once, and nothing else
 
 
 @torch.no_grad()
@@ -189,8 +194,8 @@ def test_constrained_answers_follow_the_template_and_choose_digits(shared):
     model, images, questions = made_up(shared, [2, 3])
     chat = TinyChat(3)
     for ids, spread in sum(model.locate(images, questions, chat, constrained=True), []):
-        assert all(token == known if known else token in chat.digits for known, token in zip(chat.template, ids))
-        assert len(ids) == len(chat.template) and len(spread) == 6
+        assert all(token == known if known else token in chat.place.digits for known, token in zip(chat.place.template, ids))
+        assert len(ids) == len(chat.place.template) and len(spread) == 6
 
 
 @torch.no_grad()
@@ -199,12 +204,111 @@ def test_spread_is_the_distribution_over_the_digits(shared):
     chat = TinyChat(1)
     [[(ids, spread)]] = model.locate(images, questions, chat, constrained=True)
     text, by_hand = [chat.bos, *chat.newline, *questions[0][0]], []
-    for known, token in zip(chat.template, ids):
+    for known, token in zip(chat.place.template, ids):
         embedded = model.llama.embed_tokens(torch.tensor(text))
         hidden, _ = model.llama(torch.cat((embedded[:1], model.see(images)[0], embedded[1:]))[None])
         if known is None:
-            scores = model.llama.lm_head(hidden[0, -1])[chat.digits].exp()
+            scores = model.llama.lm_head(hidden[0, -1])[chat.place.digits].exp()
             by_hand.append(scores / scores.sum())
-            assert token == chat.digits[scores.argmax()]
+            assert token == chat.place.digits[scores.argmax()]
         text.append(token)
     torch.testing.assert_close(torch.tensor(np.array(spread)), torch.stack(by_hand), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("numbers", [1, 3])
+@torch.no_grad()
+def test_cumulative_questions_follow_the_models_own_answers(shared, numbers):
+    model, images, questions = made_up(shared, [3, 0, 5])
+    chat = TinyChat(numbers)
+    for learned in [None, *one_by_one(model, images, questions, chat)[:2]]:
+        if learned:
+            chat.learn(learned)
+        told = model.locate(images, questions, chat, cumulative=True)
+        for image, asked, answers in zip(model.see(images), questions, told, strict=True):
+            ids = [chat.bos, *chat.newline]
+            for question, (answer, _) in zip(asked, answers, strict=True):
+                assert answer == say(model, image, ids + question, chat.place)
+                ids += question + answer + (chat.place.closing if answer[-1] != chat.eos else [])
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+@torch.no_grad()
+def test_what_the_object_is_comes_first_in_the_models_own_words(shared, cumulative):
+    """Table 7. Each question about a photo follows the same answer, once a photo; when cumulative the first alone does so directly."""
+    model, images, questions = made_up(shared, [2, 3])
+    chat = TinyChat(3)
+    chat.opening = [20, 21, 22]
+    passes = []
+    model.llama.norm.register_forward_hook(lambda _, args, __: passes.append(args[0].shape[:2]))
+    told = model.locate(images, questions, chat, cumulative=cumulative)
+    assert passes[1] == (2, 3)  # the opening, a row each photo
+    for image, asked, answers in zip(model.see(images), questions, told, strict=True):
+        ids = [chat.bos, *chat.newline, *chat.opening]
+        what = say(model, image, ids, chat.words)
+        ids += what + [chat.eos] * (what[-1] != chat.eos)
+        for question, (answer, _) in zip(asked, answers, strict=True):
+            assert answer == say(model, image, ids + question, chat.place)
+            if cumulative:
+                ids += question + answer + (chat.place.closing if answer[-1] != chat.eos else [])
+
+
+# --------------------------------------------------------------------------------------------------------- <KEYPOINT>
+
+
+@pytest.fixture
+def pointing(shared):
+    """A network that answers with <KEYPOINT>, token 512 of it, a Chat for it, two photos, and tokens without it."""
+    folder = shared / "parity" / "llama31"
+    torch.manual_seed(0)
+    model, chat = CapeLLM.load(folder / "vit", folder / "llm", image_size=56, answer="token").eval(), TinyChat(3)
+    chat.keypoint, chat.place = 512, Form([512], [], [2])
+    return model, chat, torch.randn(2, 3, 56, 56), torch.randint(3, 512, (2, 20))
+
+
+def test_keypoint_token_is_new_and_embeddings_and_decoder_train(pointing, shared):
+    model, *_ = pointing
+    folder = shared / "parity" / "llama31"
+    usual = CapeLLM.load(folder / "vit", folder / "llm", image_size=56)
+    decoder = {f"decoder.{layer}.{p}" for layer in (0, 2) for p in ("weight", "bias")}
+    assert trained(model).keys() == trained(usual).keys() | decoder | {"llama.embed_tokens.weight"}
+    new, old = model.llama.embed_tokens.weight, usual.llama.embed_tokens.weight
+    assert torch.equal(new[:512], old) and torch.allclose(new[512], old.mean(0)) and len(new) == 513
+    assert new.dtype == torch.float32 and torch.equal(model.llama.lm_head.weight, usual.llama.lm_head.weight)
+
+
+def test_loss_of_a_keypoint_token_is_its_distance_and_of_words_the_usual(pointing):
+    """Row 0: two places and two words; row 1: a word. By hand, from the hidden states of the whole sequence."""
+    model, chat, images, tokens = pointing
+    tokens[0, [7, 15]] = chat.keypoint
+    labels = torch.full_like(tokens, -100)
+    labels[0, [7, 15]] = 512 + torch.tensor([123_456, 999_000])
+    labels[0, 3:5], labels[1, 19] = tokens[0, 3:5], tokens[1, 19]
+    text, image = model.llama.embed_tokens(tokens), model.see(images)
+    hidden, _ = model.llama(torch.cat((text[:, :1], image, text[:, 1:]), dim=1))
+    n = image.shape[1]
+
+    def word(b, t):
+        return -model.llama.lm_head(hidden[b, n + t - 1]).log_softmax(-1)[tokens[b, t]]
+
+    def distance(t, x, y):
+        return (model.decoder(hidden[0, n + t]) - torch.tensor([x, y])).abs().mean()
+    expected = ((word(0, 3) + word(0, 4) + distance(7, 0.123, 0.456) + distance(15, 0.999, 0)) / 4 + word(1, 19)) / 2
+    loss = model(images, tokens, labels)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    loss.backward()
+    assert model.llama.embed_tokens.weight.grad[512].any() and all(p.grad.any() for p in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+@torch.no_grad()
+def test_a_place_is_read_off_the_keypoint_token_behind_its_question(pointing, cumulative):
+    model, chat, images, tokens = pointing
+    questions = [[tokens[0, :4].tolist(), tokens[0, 4:13].tolist()], [tokens[1, :7].tolist()]]
+    told = model.locate(images, questions, chat, cumulative=cumulative)
+    for image, asked, answers in zip(model.see(images), questions, told, strict=True):
+        ids = [chat.bos, *chat.newline]
+        for question, (answer, xy) in zip(asked, answers, strict=True):
+            place = model.decoder(last_state(model, image, [*ids, *question, 512]))
+            torch.testing.assert_close(torch.tensor(xy), place, atol=1e-5, rtol=0)
+            assert answer == [512, chat.eos] and 0 < min(xy) and max(xy) < 1
+            ids += [*question, 512, chat.eos] if cumulative else []

@@ -8,11 +8,11 @@ import torch
 from conftest import ROOT
 
 import toy
-from data import Category, Chat, Object, crop_of, normalize, read_descriptions, read_objects
+from data import Category, Object, crop_of, normalize, read_descriptions, read_objects
 from evaluate import pck_of_queries
 from llama import Llama
 from predict import predict
-from train import load_model, parse_arguments, read_checkpoint
+from train import load_chat, load_model, parse_arguments, read_checkpoint
 from vit import ViT
 
 
@@ -31,13 +31,14 @@ def world(tmp_path_factory):
 def trained():
     checkpoint = read_checkpoint(ROOT / "assets/toy/ckpt.pt")
     args = parse_arguments(["--vit", str(ROOT / "assets/toy/vit"), "--llm", str(ROOT / "assets/toy/llm"), "--image-size", str(toy.SIZE)])
-    return load_model(args, torch.device("cpu"), checkpoint).eval(), Chat(args.llm)
+    return load_model(args, torch.device("cpu"), checkpoint).eval(), load_chat(args)
 
 
 def ask(trained, folder, objects, texts, **how):
+    categories = [Category("creature", keypoints) for keypoints in texts]
     crops = [crop_of(o) for o in objects]
     images = torch.stack([c.cut(folder / "data/images" / o.photo, toy.SIZE) for c, o in zip(crops, objects)])
-    return [[point for point, _ in told] for told in predict(*trained, crops, images, texts, **how)]
+    return [[point for point, _ in told] for told in predict(*trained, crops, images, categories, **how)]
 
 
 def test_the_same_seed_draws_the_same_world(world, tmp_path, monkeypatch):
@@ -86,7 +87,7 @@ def test_the_trained_toy_keeps_to_the_template(world, trained):
     model, chat = trained
     some = objects["test"][:8]
     images = normalize(torch.stack([crop_of(o).cut(folder / "data/images" / o.photo, toy.SIZE) for o in some]))
-    questions = [[chat.question(*text) for text in categories[o.category].keypoints] for o in some]
+    questions = [chat.questions(categories[o.category]) for o in some]
     passes = []
     hook = model.llama.norm.register_forward_hook(lambda *_: passes.append(1))
     free = model.locate(images, questions, chat)

@@ -21,6 +21,7 @@ from PIL import Image
 
 import evaluate
 import train
+from chat import INSTRUCTIONS
 from model import CapeLLM
 
 SETS = {"wagon": ["front wheel", "rear wheel", "roof", "shaft", "lamp"], "kite": ["tip", "tail", "left corner"]}
@@ -226,10 +227,70 @@ def test_real_photographs_train_and_evaluate_end_to_end(shared, tiny, tmp_path, 
     (["--vit", "nowhere"], "nowhere/config.json"), (["--split", 6], "mp100_split6_train.json: no such file"),
     (["--resume", "nowhere.pt"], "nowhere.pt: no such checkpoint"), (["--image-size", 57], "57 is not a multiple"),
     (["--descriptions", "nowhere.json"], "nowhere.json: no such file"), (["--out", ROOT / "train.py" / "x"], "train.py/x"),
-    (["--epoch", 3], "--epoch"), *(([f"--{n}", 0], f"--{n}") for n in ("batch", "micro-batch", "rounds", "save-every", "log-every")),
+    (["--epoch", 3], "--epoch"), (["--rounds", "many"], "--rounds"), (["--instruction", "long"], "--instruction"),
+    (["--pretrain", "direct", "--instruction", "name"], "leave out --instruction"),
+    (["--pretrain", "step", "--answer", "token"], "leave out --instruction, --answer"),
+    (["--pretrain", "direct", "--tune-vit", "full"], "--tune-*"), (["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+    *(([f"--{n}", 0], f"--{n}") for n in ("batch", "micro-batch", "rounds", "save-every", "log-every")),
 ])
 def test_wrong_arguments_are_one_line(arguments, wrong, message):
     assert message in refused(train, arguments(*wrong))
+
+
+# ----------------------------------------------------------------------------------------------- the paper's variants
+
+
+@pytest.mark.parametrize("how", [["--instruction", i] for i in INSTRUCTIONS] + [
+    ["--answer", "token"], ["--answer", "token", "--instruction", "step"], ["--rounds", "dynamic"], ["--pack", "--instruction", "step"]],
+    ids=" ".join)
+def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(trained, tmp_path, monkeypatch, how):
+    """The conversations of training, seen on their way into the network, hold the very questions that the evaluation asks."""
+    trained_on, asked = [], []
+    forward, locate = CapeLLM.forward, CapeLLM.locate
+    monkeypatch.setattr(CapeLLM, "forward", lambda self, *batch: trained_on.append(batch) or forward(self, *batch))
+    monkeypatch.setattr(CapeLLM, "locate", lambda self, images, questions, chat, *rest: asked.append((questions, chat)) or locate(
+        self, images, questions, chat, *rest))
+    trained(*how, "--epochs", 1)
+    evaluate.main([str(tmp_path / "run" / "ckpt.pt")])
+    lines = [" ".join(map(str, row)) for _, tokens, *_ in trained_on for row in tokens.tolist()]
+    chat = asked[0][1]
+    for question in sum(sum((questions for questions, _ in asked), []), []):
+        within = any(" ".join(map(str, question)) in line for line in lines)
+        assert within or "diverse" in chat.instruction.__name__
+    assert all(" ".join(map(str, chat.opening)) in line for line in lines) and bool(chat.opening) == ("step" in how)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["objects"] == 6 and ("token" not in how or report["malformed"] == 0)
+    rounds = {sum(label == chat.eos for label in row) for _, _, labels, _ in trained_on for row in labels.tolist()}
+    assert "dynamic" not in how or rounds - {1, 2}
+
+
+def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(arguments, trained, tmp_path):
+    """Table 9."""
+    fresh = train.load_model(train.parse_arguments(arguments()), "cpu").state_dict()
+    for way in train.PRETRAINING:
+        before = trained("--pretrain", way, out=way)
+        assert before["model"].keys() == {"projection.weight", "projection.bias"} and before["args"]["tune_llm"] == "frozen"
+        assert not torch.equal(before["model"]["projection.weight"], fresh["projection.weight"])
+        path = tmp_path / way / "ckpt.pt"
+        started = train.load_model(train.parse_arguments(arguments("--init", path)), "cpu").state_dict()
+        for name, value in started.items():
+            assert torch.equal(value, before["model"].get(name, fresh[name])), name  # adapters start as ever
+        assert "--init" in refused(evaluate, [path])
+        assert trained("--init", path, "--epochs", 1, out=f"after {way}")["model"].keys() >= LORA
+    wide = {"args": {}, "model": {"projection.weight": torch.zeros(9, 9), "projection.bias": torch.zeros(9)}, "optimizer": {}, "step": 1}
+    torch.save(wide, tmp_path / "wide.pt")
+    assert "weight is (9, 9) in the checkpoint, (32, 32) here" in refused(train, arguments("--init", tmp_path / "wide.pt", out="w"))
+
+
+def test_a_resumed_run_does_not_start_from_init_again(arguments, trained, tmp_path):
+    trained("--pretrain", "direct", out="first")
+    straight = trained("--init", tmp_path / "first" / "ckpt.pt", out="straight")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(3, patch)
+        train.main(arguments("--init", tmp_path / "first" / "ckpt.pt", "--save-every", 1))
+    (tmp_path / "first" / "ckpt.pt").unlink()
+    train.main(["--resume", str(tmp_path / "run" / "ckpt.pt")])
+    torch.testing.assert_close(read(tmp_path / "run")["model"], straight["model"], rtol=0, atol=0)
 
 
 def test_missing_and_truncated_photos_are_listed_or_left_out(arguments, trained, tmp_path, capsys):
@@ -245,7 +306,7 @@ def test_missing_and_truncated_photos_are_listed_or_left_out(arguments, trained,
         line = refused(train, arguments("--allow-missing", "--workers", workers, out="broken"))
         assert f"{photos}/wagon/4.jpg: not a readable photo" in line
     shutil.rmtree(photos)
-    assert "to train on" in refused(train, arguments("--allow-missing", out="none"))
+    assert "none of the photos of 6 objects" in refused(train, arguments("--allow-missing", out="none"))
 
 
 def test_checkpoints_are_not_overwritten_nor_mixed_up(arguments, trained, shared, tmp_path):
