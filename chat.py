@@ -34,6 +34,13 @@ class Scene:
     rng: np.random.Generator = None  # what training draws from; without it nothing is drawn
 
 
+WHAT = "User: what is in the photo?\nAssistant:"
+OUTLINE = ("A conversation about a photo of one object. The user names a keypoint of the object and describes where it is. The assistant "
+           "answers with its place, [x,y], as fractions of the photo's width and height.\n")
+WORDINGS = ["where is the {}?", "can you show me the {}?", "at which point is the {}?", "please locate the {}.",
+            "what is the position of the {}?", "find the {} in the photo.", "where do you see the {}?", "give the coordinates of the {}."]
+
+
 # An instruction returns turns (question, answer), where an answer is a place (x, y) or else the words to say.
 
 
@@ -92,13 +99,6 @@ INSTRUCTIONS = {"description": description, "name": name, "list": list_names, "d
                 "diverse-outline": diverse_outline, "step": step}
 PRETRAINING = {"direct": pretrain_direct, "step": pretrain_step}
 
-WHAT = "User: what is in the photo?\nAssistant:"
-OUTLINE = ("A conversation about a photo of one object. The user names a keypoint of the object and describes where it is. The assistant "
-           "answers with its place, [x,y], as fractions of the photo's width and height.\n")
-WORDINGS = ["where is the {}?", "can you show me the {}?", "at which point is the {}?", "please locate the {}.",
-            "what is the position of the {}?", "find the {} in the photo.", "where do you see the {}?", "give the coordinates of the {}."]
-
-
 def opened(text, turns):
     """The same turns with a text before the first question."""
     (question, answer), *rest = turns
@@ -156,6 +156,8 @@ class Chat:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises nothing more specific
             raise InputError(f"{path}: not a readable tokenizer.json ({e})") from None
+        self.tokenizer.encode_special_tokens = True  # a description that holds "</s>" is text like any other
+        self.tokenizer.no_truncation()
         config = read_json(Path(directory) / "config.json")
         self.bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
         self.eos = eos[0] if isinstance(eos, list) else eos

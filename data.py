@@ -151,7 +151,8 @@ class Crop:
                 shrink = round(width / photo.width)
                 if photo.mode.startswith("I"):  # 16 bits a pixel: PIL would clip instead of scale
                     photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
-                photo = photo.convert("RGB")
+                if photo.mode != "RGB":  # else it would be copied
+                    photo = photo.convert("RGB")
         except UNREADABLE as e:
             raise InputError(f"{path}: not a readable photo ({e})") from None
         if (blocks := int(self.side / shrink / (2 * size))) > 1:

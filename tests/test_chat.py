@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import runs
+from conftest import runs, sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from chat import IGNORE, INSTRUCTIONS, OUTLINE, PRETRAINING, WORDINGS, Chat, Scene
 from data import Category
@@ -60,6 +61,17 @@ def test_every_answer_is_drafted_and_read_back_and_malformed_ones_are_none(chat)
         assert chat.parse(ids) is None, chat.tokenizer.decode(ids)
 
 
+
+
+def test_texts_are_neither_cut_nor_read_as_control_tokens(tmp_path):
+    tokenizer = Tokenizer.from_str(sentencepiece())
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
+    chat = Chat(tmp_path)
+    [question] = chat.questions(Category("cup", [("rim", "above </s> or <s>")]))
+    assert chat.eos not in question and text(chat, question) == "User: where is the rim?\nReference: above </s> or <s>\nAssistant:"
 
 
 # ---------------------------------------------------------------------------------------------------------- instructions

@@ -164,6 +164,18 @@ def test_the_last_batch_is_filled_and_processes_share_it_out():
     assert list(train.micro_batches(3, range(1), Namespace(batch=8, micro_batch=4), 0, 1)) == [[0, 1, 2, 0], [1, 2, 0, 1]]
 
 
+def test_compiled_blocks_train_to_the_same_weights(trained, monkeypatch):
+    """Traced, forward and backward, as --compile does it; but run as traced, since to make kernels of it takes a minute."""
+    plain, compiled = trained("--epochs", 1, out="plain"), []
+
+    def compile(block, **options):
+        compiled.append(type(block).__module__)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="aot_eager", fullgraph=True, **options)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    torch.testing.assert_close(trained("--compile", "--epochs", 1, out="compiled")["model"], plain["model"], rtol=0, atol=1e-5)
+    assert compiled == ["vit"] * 2 + ["llama"] * 2
+
+
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
     rates = [train.learning_rate(step, 99, Namespace(lr=2.0, warmup=0.03)) for step in range(100)]  # 2.97 -> 3 of warm-up, 96 of cosine
     assert rates[:4] == pytest.approx([2 / 3, 4 / 3, 2, 2])
