@@ -49,7 +49,7 @@ def description(scene):
     return [(f"User: where is the {name}?\nReference: {text}\nAssistant:", where) for (name, text), where in scene.asked]
 
 
-def name(scene):
+def name_alone(scene):
     """Without descriptions (Table 3)."""
     return [(f"User: where is the {name}?\nAssistant:", where) for (name, _), where in scene.asked]
 
@@ -95,9 +95,10 @@ def pretrain_step(scene):
     return turns
 
 
-INSTRUCTIONS = {"description": description, "name": name, "list": list_names, "diverse": diverse, "outline": outline,
+INSTRUCTIONS = {"description": description, "name": name_alone, "list": list_names, "diverse": diverse, "outline": outline,
                 "diverse-outline": diverse_outline, "step": step}
 PRETRAINING = {"direct": pretrain_direct, "step": pretrain_step}
+
 
 def opened(text, turns):
     """The same turns with a text before the first question."""
@@ -126,7 +127,7 @@ def spell(x, y):
 class Form:
     """What is known of an answer before it is given."""
 
-    template: list  # a token, or None where the model has the choice
+    template: list  # a token, or None where the model has the choice; nothing but None for words
     digits: list  # the tokens it chooses from there; empty if from all
     closing: list  # what follows, up to the end token
 
@@ -146,11 +147,10 @@ class Chat:
     """Conversations as tokens, with the tokenizer of the LLM at hand.
 
     Ids are made piece by piece and joined: tokenised in one go, "]" and what follows would fuse into other tokens.
-    instruction: a key of INSTRUCTIONS, or one of PRETRAINING after "pretrain ". answer: "text", or "token" for one <KEYPOINT>,
-    new to the vocabulary, whose place a decoder of CapeLLM's reads (Table 8).
+    answers: "text", or "token" for one <KEYPOINT>, new to the vocabulary, whose place a decoder of CapeLLM's reads (Table 8).
     """
 
-    def __init__(self, directory, instruction="description", answer="text"):
+    def __init__(self, directory, instruction=description, answers="text"):
         path = Path(directory) / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
@@ -158,17 +158,17 @@ class Chat:
             raise InputError(f"{path}: not a readable tokenizer.json ({e})") from None
         self.tokenizer.encode_special_tokens = True  # a description that holds "</s>" is text like any other
         self.tokenizer.no_truncation()
-        config = read_json(Path(directory) / "config.json")
+        config = read_json(Path(directory) / "config.json", dict)
         self.bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
         self.eos = eos[0] if isinstance(eos, list) else eos
-        if self.bos is None or self.eos is None:
-            raise InputError(f"{directory}/config.json: bos_token_id or eos_token_id is missing")
+        if None in (self.bos, self.eos, config.get("vocab_size")):
+            raise InputError(f"{directory}/config.json: bos_token_id, eos_token_id or vocab_size is missing")
         # SentencePiece tokenizers put a space before any text, which is the one our pieces bring along
         self.adds_space = self.tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
         self.newline = self.encode("\n")
-        self.instruction = INSTRUCTIONS[instruction] if instruction in INSTRUCTIONS else PRETRAINING[instruction.split()[1]]
-        self.opening = self.encode(WHAT) if instruction == "step" else []  # a test asks it first, and it is answered in words
-        self.keypoint = config["vocab_size"] if answer == "token" else None  # <KEYPOINT>, one more than the LLM knows
+        self.instruction = instruction
+        self.opening = self.encode(WHAT) if instruction is step else []  # a test asks it first, and it is answered in words
+        self.keypoint = config["vocab_size"] if answers == "token" else None  # <KEYPOINT>, one more than the LLM knows
         self.place = self.form_of_places() if self.keypoint is None else Form([self.keypoint], [], [self.eos])
         self.words = Form([None] * 16, [], [self.eos])
 
@@ -198,7 +198,7 @@ class Chat:
                 answer = learned = self.encode(f" {answer}") + [self.eos]
             elif self.keypoint is None:
                 answer = learned = self.answer(*answer)
-            else:  # the label of <KEYPOINT> is its place, as one number beyond those of words
+            else:  # the label of <KEYPOINT> is its place: its own number for (0, 0), and then on, beyond those of words
                 x, y = thousandths(*answer)
                 answer, learned = [self.keypoint, self.eos], [self.keypoint + 1000 * x + y, IGNORE]
             ids += question + answer

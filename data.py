@@ -194,7 +194,7 @@ class Example:
     object: Object
     crop: Crop
     groups: list
-    seed: tuple = ()  # of what its conversations draw
+    seed: tuple = ()  # of what its conversations draw; numpy takes (1, 2, 0) for (1, 2), so none ends in 0
 
 
 def count_groups(n, k):
@@ -234,7 +234,7 @@ def plan_epoch(objects, seed, epoch, rounds, pack=False):
             shown = o.visible & inside(crop.from_photo(o.keypoints))
             asked = [[k for k in group if shown[k]] for group in together]
             if any(asked):
-                examples.append(Example(o, crop, [group for group in asked if group], (seed, epoch, i, number)))
+                examples.append(Example(o, crop, [group for group in asked if group], (seed, epoch, i, 1 + number)))
     order = np.random.default_rng((seed, epoch)).permutation(len(examples))
     return [examples[i] for i in order]
 
@@ -252,7 +252,8 @@ class TrainingSet(torch.utils.data.Dataset):
         return len(self.examples)
 
     def __getitem__(self, i):
-        e, rng = self.examples[i], np.random.default_rng(self.examples[i].seed)
+        e = self.examples[i]
+        rng = np.random.default_rng(e.seed)
         category, where = self.categories[e.object.category], e.crop.from_photo(e.object.keypoints)
         shown = e.object.visible & inside(where)
         hidden = [name for (name, _), seen in zip(category.keypoints, shown) if not seen]

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint on MP-100, or scores predictions from anywhere (paper, section 4.1; Tables 2 to 4).
+"""Evaluates a checkpoint on MP-100, or scores predictions from anywhere (paper, section 4.1; Tables 2 to 9).
 
     python evaluate.py runs/split1/ckpt.pt                      all it needs is in the checkpoint; under torchrun the GPUs share the photos
     python evaluate.py --score predictions.json --split 1       the metric alone: neither network nor photographs

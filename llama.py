@@ -137,13 +137,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, past, real=None):
+    def forward(self, x, cos, sin, mask, past, unpadded=None):
         attended, kv = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         x = x + attended
-        if real is None:
+        if unpadded is None:
             return x + self.mlp(self.post_attention_layernorm(x)), kv
         flat = x.flatten(0, 1)  # (B * T, D), the same memory
-        flat[real] += self.mlp(self.post_attention_layernorm(flat[real]))
+        flat[unpadded] += self.mlp(self.post_attention_layernorm(flat[unpadded]))
         return x, kv
 
 
@@ -161,12 +161,12 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.checkpoint_activations = False  # keep a block's input only and compute the rest again in the backward pass
 
-    def forward(self, x, positions=None, mask=None, past=None, real=None):
+    def forward(self, x, positions=None, mask=None, past=None, unpadded=None):
         """x (B, T, D) embeddings -> hidden states (B, T, D) and the cache, a list of (k, v) per layer, each (B, G, S, d).
 
         positions (B, T), by default 0..T-1; mask (B, 1, T, S), true where a query may look. Without a mask attention is
         causal, which is right only without a cache: SDPA's is_causal lines up the first query with the first key.
-        real: indices into B * T of all that is not padding; the MLPs, four fifths of the work, then pass over the padding.
+        unpadded: indices into B * T of all that is not padding; the MLPs, four fifths of the work, then skip the rest.
         lm_head is left to the caller, since logits are wanted at few positions and cost a vocabulary each.
         """
         x = x.to(self.norm.weight.dtype)  # embeddings that train are fp32
@@ -179,7 +179,7 @@ class Llama(nn.Module):
             if self.checkpoint_activations and torch.is_grad_enabled() and not past:
                 x, kv = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
             else:
-                x, kv = layer(x, cos, sin, mask, past[i] if past else None, real)
+                x, kv = layer(x, cos, sin, mask, past[i] if past else None, unpadded)
             cache.append(kv)
         return self.norm(x), cache
 

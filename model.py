@@ -22,22 +22,22 @@ from vit import ViT
 
 
 class CapeLLM(nn.Module):
-    def __init__(self, vit, llama, answer="text"):
+    def __init__(self, vit, llama, answers="text"):
         super().__init__()
         D = llama.config.hidden_size
         self.vit = vit
         self.llama = llama
         self.projection = nn.Linear(vit.config.hidden_size, D)  # trained from scratch, kept in fp32
         self.decoder = None
-        if answer == "token":  # <KEYPOINT> joins the vocabulary, input embeddings train, and a place is read off the LLM's last layer
+        if answers == "token":  # <KEYPOINT> joins the vocabulary, input embeddings train, and a place is read off the LLM's last layer
             words = llama.embed_tokens.weight.float()
             llama.embed_tokens = nn.Embedding.from_pretrained(torch.cat((words, words.mean(0, keepdim=True))), freeze=False)
             self.decoder = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 2), nn.Sigmoid())
 
     @classmethod
-    def load(cls, vit_directory, llm_directory, image_size=224, tune_vit="lora", tune_llm="lora", answer="text", device="cpu"):
+    def load(cls, vit_directory, llm_directory, image_size=224, tune_vit="lora", tune_llm="lora", answers="text", device="cpu"):
         """Published weights with fresh adapters. tune_*: "frozen", "lora" (the paper) or "full"; only what is tuned requires grad.
-        answer: "text", or "token" for Table 8's <KEYPOINT>.
+        answers: "text", or "token" for Table 8's <KEYPOINT>.
 
         Frozen weights are bf16 on a GPU and fp32 elsewhere; what trains is always fp32.
         """
@@ -49,7 +49,7 @@ class CapeLLM(nn.Module):
             network.requires_grad_(tune == "full")
             if tune == "lora":
                 add_lora(network, names)
-        return cls(vit, llama, answer).to(device)
+        return cls(vit, llama, answers).to(device)
 
     def see(self, images):
         """Normalised photos (P, 3, h, w) -> image tokens (P, N, D) (equation 2)."""
@@ -86,7 +86,7 @@ class CapeLLM(nn.Module):
         """Of each labelled token, given the hidden states (n, D) at the position before it, which predicts it, and at its own: (n,).
 
         Logits are made only here, where there is something to learn: one position costs a product with the whole vocabulary, and
-        nine in ten are questions and photo.
+        nine positions in ten are questions and photo.
         """
         if self.decoder is None:
             return F.cross_entropy(self.llama.lm_head(before).float(), labels, reduction="none")
@@ -104,7 +104,7 @@ class CapeLLM(nn.Module):
 
         -> for each photo a list of (ids, spread), one per question: the tokens that greedy decoding gives, up to the last digit
         of y, and for each digit token among them the distribution over chat.place.digits that it was chosen from. With <KEYPOINT>
-        it is that token, and (x, y).
+        it is that token and the end, and (x, y).
 
         Greedy decoding one token at a time would take a dozen passes, yet most tokens of an answer, " [0." and ",0.", are known
         beforehand. They are fed along as a draft, and the logits of that same pass tell whether the model would have said so.
@@ -114,11 +114,13 @@ class CapeLLM(nn.Module):
         answer is malformed. `cumulative` asks the questions of a photo one after another in one conversation, each after the
         model's own answers to those before, in place of all at once.
         """
-        rows, photos, unread = self.read_photos(images, chat), range(len(images)), [[] for _ in images]
+        rows = self.read_photos(images, chat)
+        unread = [[] for _ in images]  # of each row, what the model has said but not read: its last token, the end of its answer
         if chat.opening:  # what is in the photo?
             unread = [chat.words.unread(ids) for ids, _ in self.answer(rows, [chat.opening] * len(images), chat.words)]
-        turns = zip_longest(*questions, fillvalue=[])
-        if not cumulative:
+        if cumulative:  # a row each photo, a turn each question
+            photos, turns = range(len(images)), zip_longest(*questions, fillvalue=[])
+        else:  # a row each question, all in one turn
             photos, turns = [p for p, asked in enumerate(questions) for _ in asked], [sum(questions, [])]
             rows.select(photos)
             unread = [unread[p] for p in photos]
@@ -126,8 +128,9 @@ class CapeLLM(nn.Module):
         for turn in turns:
             blocks = [rest + question if question else [] for rest, question in zip(unread, turn)]
             answers = self.answer(rows, blocks, chat.place, constrained) if self.decoder is None else self.decode(rows, blocks, chat)
-            for p, question, answer in zip(photos, turn, answers):
-                told[p] += [answer] if question else []
+            for p, (ids, spread) in zip(photos, answers):
+                if ids:
+                    told[p].append((ids, spread))
             unread = [chat.place.unread(ids) if ids else [] for ids, _ in answers]
         return told
 
@@ -140,6 +143,8 @@ class CapeLLM(nn.Module):
     def decode(self, rows, questions, chat):
         """Answers each row's question, if it has one, with <KEYPOINT>, and reads its place off the hidden state: [(ids, (x, y)), ...]."""
         blocks = [question and [*question, chat.keypoint] for question in questions]
+        if not any(blocks):
+            return [([], None) for _ in blocks]
         hidden = rows.extend(blocks)[range(len(blocks)), [len(block) - 1 for block in blocks]]  # (R, D)
         return [([chat.keypoint, chat.eos] if block else [], xy) for block, xy in zip(blocks, self.decoder(hidden.float()).tolist())]
 
@@ -198,8 +203,8 @@ class Rows:
         positions = self.real.sum(1, keepdim=True) + torch.arange(T, device=device)  # padding and struck tokens take no place
         past = self.real[:, None].expand(-1, T, -1)  # all that came before, and of the block what is not later: (R, T, S)
         mask = torch.cat((past, new[:, None] & new.new_ones(T, T).tril()), dim=2)[:, None]
-        real = new.flatten().nonzero()[:, 0] if min(map(len, blocks)) < T else None
-        hidden, self.cache = self.llama(self.llama.embed_tokens(tokens), positions, mask, self.cache, real)
+        unpadded = new.flatten().nonzero()[:, 0] if min(map(len, blocks)) < T else None
+        hidden, self.cache = self.llama(self.llama.embed_tokens(tokens), positions, mask, self.cache, unpadded)
         self.real = torch.cat((self.real, new), dim=1)
         return hidden
 

@@ -22,7 +22,7 @@ from train import load_chat, load_model, read_checkpoint, run, start_processes
 def load_trained(checkpoint, device, llm=None, vit=None):
     """What read_checkpoint() gave -> the network and the Chat that it was trained with. llm, vit: where the weights lie now."""
     trained = argparse.Namespace(**checkpoint["args"])
-    if trained.pretrain:
+    if getattr(trained, "pretrain", None):
         raise InputError("the checkpoint is one of --pretrain, which locates nothing; train from it with train.py --init")
     trained.llm, trained.vit = llm or trained.llm, vit or trained.vit
     return load_model(trained, device, checkpoint).eval(), load_chat(trained)
@@ -96,7 +96,7 @@ def save_picture(picture, path):
 
 def parse_keypoints(text, descriptions):
     """ "left eye: the eye ..., nose: ..." or the name of a keypoint set -> [(name, description), ...]."""
-    sets = read_json(descriptions).get("keypoint_sets", {})
+    sets = read_json(descriptions, dict).get("keypoint_sets", {})
     if text in sets:
         return [(p["name"], p["description"]) for p in sets[text]]
     if ":" not in text:

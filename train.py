@@ -38,6 +38,10 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    return 0 if text == "0" else positive(text)
+
+
 def rounds(text):
     return text if text == "dynamic" else positive(text)
 
@@ -51,7 +55,7 @@ def parse_arguments(argv):
     files.add_argument("--descriptions", default="descriptions.json", help="names and descriptions of all keypoints")
     files.add_argument("--llm", default="weights/Llama-3.1-8B", help="config.json, tokenizer.json, *.safetensors")
     files.add_argument("--vit", default="weights/dinov2-large", help="config.json, model.safetensors")
-    files.add_argument("--out", help="folder of the checkpoint; runs/splitN if not given")
+    files.add_argument("--out", help="folder of the checkpoint; runs/splitN or runs/pretrain-... if not given")
     files.add_argument("--resume", metavar="CKPT", help="a checkpoint to go on from, with its arguments")
     files.add_argument("--init", metavar="CKPT", help="a checkpoint whose projection to start from, such as one of --pretrain")
     files.add_argument("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
@@ -70,8 +74,9 @@ def parse_arguments(argv):
     recipe.add_argument("--clip", type=float, default=0, help="largest norm of the gradient, 0 for none")
     recipe.add_argument("--instruction", choices=INSTRUCTIONS, default="description", help="what is said of keypoints: Tables 3, 6, 7")
     recipe.add_argument("--rounds", type=rounds, default=4, help='keypoints asked in a conversation (Table 4), or "dynamic": any number')
-    recipe.add_argument("--pretrain", choices=PRETRAINING, help="Table 9: trains the projection alone, to name the keypoint at a place")
-    recipe.add_argument("--seed", type=int, default=42)
+    recipe.add_argument("--pretrain", choices=PRETRAINING, help="Table 9: trains the projection alone (whatever --tune-*), to name the "
+                        "keypoint at a place")
+    recipe.add_argument("--seed", type=natural, default=42)
     running = parser.add_argument_group("running")
     running.add_argument("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch then counts "
                          "photos, and all keypoints of a photo are in the same step and crop")
@@ -81,6 +86,8 @@ def parse_arguments(argv):
     running.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
     running.add_argument("--log-every", type=positive, default=1, help="steps between log lines")
     args = parser.parse_args(argv)
+    if args.resume and args.init:
+        parser.error("--resume goes on from a checkpoint, --init starts from one: give only one of them")
     if args.resume:  # the run's own arguments, but for what the command line says
         parser.set_defaults(**read_checkpoint(args.resume)["args"])
         args = parser.parse_args(argv)
@@ -88,7 +95,7 @@ def parse_arguments(argv):
         if (args.instruction, args.answer) != ("description", "text") or "full" in (args.tune_vit, args.tune_llm):
             parser.error("--pretrain has its own instruction and trains the projection alone: leave out --instruction, --answer, --tune-*")
         args.tune_vit = args.tune_llm = "frozen"
-    args.out = args.out or f"runs/split{args.split}"
+    args.out = args.out or (f"runs/pretrain-{args.pretrain}" if args.pretrain else f"runs/split{args.split}")
     return args
 
 
@@ -122,6 +129,8 @@ def run(main):
 def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(checkpoint[key], dict) for key in ("args", "model", "optimizer")):
+            raise TypeError
         return {key: checkpoint[key] for key in ("args", "model", "optimizer", "step")}
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
@@ -148,15 +157,16 @@ def load_model(args, device, checkpoint=None):
         if checkpoint:
             load_trainable_state(model, checkpoint["model"])
         elif args.init:
-            start = {name: tensor for name, tensor in read_checkpoint(args.init)["model"].items() if name.startswith("projection.")}
-            load_trainable_state(model.projection, {name.removeprefix("projection."): tensor for name, tensor in start.items()})
+            start = read_checkpoint(args.init)["model"].items()
+            load_trainable_state(model.projection, {name[11:]: tensor for name, tensor in start if name.startswith("projection.")})
     except ValueError as e:
-        raise InputError(f"{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None
+        init = f"--init {args.init}: " if args.init and not checkpoint else ""
+        raise InputError(f"{init}{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None
     return model
 
 
 def load_chat(args):
-    return Chat(args.llm, f"pretrain {args.pretrain}" if args.pretrain else args.instruction, args.answer)
+    return Chat(args.llm, PRETRAINING[args.pretrain] if args.pretrain else INSTRUCTIONS[args.instruction], args.answer)
 
 
 def learning_rate(step, steps, args):
@@ -209,7 +219,9 @@ def main(argv):
     learner = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False) if world > 1 else model
     say(f"{len(objects)} objects of {len({o.category for o in objects})} categories, {steps} steps in {args.epochs} epochs")
     say(f"batch {args.batch} = micro-batch {args.micro_batch} x {world} processes x {accumulation} accumulated, on {device}")
-    for name, part in ("vit", model.vit), ("projection", model.projection), ("llm", model.llama):
+    for name, part in ("vit", model.vit), ("projection", model.projection), ("llm", model.llama), ("decoder", model.decoder):
+        if part is None:
+            continue
         trained, total = (sum(p.numel() for p in part.parameters() if p.requires_grad or not only) for only in (True, False))
         say(f"{name:10} {trained:>13,} of {total:>13,} parameters train")
 

@@ -61,14 +61,12 @@ def test_every_answer_is_drafted_and_read_back_and_malformed_ones_are_none(chat)
         assert chat.parse(ids) is None, chat.tokenizer.decode(ids)
 
 
-
-
 def test_texts_are_neither_cut_nor_read_as_control_tokens(tmp_path):
     tokenizer = Tokenizer.from_str(sentencepiece())
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.enable_truncation(8)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1, "vocab_size": 400}')
     chat = Chat(tmp_path)
     [question] = chat.questions(Category("cup", [("rim", "above </s> or <s>")]))
     assert chat.eos not in question and text(chat, question) == "User: where is the rim?\nReference: above </s> or <s>\nAssistant:"
@@ -88,6 +86,7 @@ TURNS = {  # of a conversation about RIM and EAR
     "step": [("User: what is in the photo?\nAssistant:", " tea cup"), *PLAIN],
     "pretrain direct": [("User: which keypoint is at [0.100,0.250]?\nAssistant:", " rim"),
                         ("User: which keypoint is at [0.500,0.999]?\nAssistant:", " left ear")]}
+ALL = INSTRUCTIONS | {f"pretrain {way}": instruction for way, instruction in PRETRAINING.items()}
 
 
 def text(chat, ids):
@@ -107,18 +106,18 @@ def stripped(turns):
 
 
 def test_the_papers_instructions_are_known():
-    assert {*INSTRUCTIONS} | {f"pretrain {p}" for p in PRETRAINING} == {*TURNS, "pretrain step"}
+    assert {*ALL} == {*TURNS, "pretrain step"}
 
 
 @pytest.mark.parametrize("instruction", TURNS)
 def test_an_instruction_says_what_the_paper_compares(chat, instruction):
-    assert turns(Chat(chat.folder, instruction), Scene(CUP, [RIM[0], EAR[0]])) == stripped(TURNS[instruction])
+    assert turns(Chat(chat.folder, ALL[instruction]), Scene(CUP, [RIM[0], EAR[0]])) == stripped(TURNS[instruction])
 
 
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_a_test_asks_as_training_does(chat, instruction):
     """One keypoint at a time, or one after another in one conversation; what the object is stands apart and is asked first."""
-    chat = Chat(chat.folder, instruction)
+    chat = Chat(chat.folder, ALL[instruction])
     where = [(keypoint, (0.1, 0.2)) for keypoint in CUP.keypoints]
 
     def asked(scene):
@@ -131,7 +130,7 @@ def test_a_test_asks_as_training_does(chat, instruction):
 
 @pytest.mark.parametrize("instruction, opening", [("diverse", ""), ("diverse-outline", OUTLINE)])
 def test_wordings_are_drawn_in_training(chat, instruction, opening):
-    chat, seen = Chat(chat.folder, instruction), set()
+    chat, seen = Chat(chat.folder, ALL[instruction]), set()
     for seed in range(60):
         scene = [Scene(CUP, [RIM[0], EAR[0]], rng=np.random.default_rng(seed)) for _ in range(2)]
         (first, _), (second, _) = said = turns(chat, scene[0])
@@ -145,7 +144,7 @@ def test_wordings_are_drawn_in_training(chat, instruction, opening):
 
 def test_pretraining_step_by_step(chat):
     """Category, whether a keypoint is to be seen, which of those asked it is that lies here: names and answers fit each other."""
-    chat, seen = Chat(chat.folder, "pretrain step"), set()
+    chat, seen, absent = Chat(chat.folder, PRETRAINING["step"]), set(), []
     for seed in range(40):
         hidden = ["foot", "heart"] if seed % 2 else []
         what, *rest = turns(chat, Scene(CUP, [RIM[0], EAR[0]], hidden, np.random.default_rng(seed)))
@@ -156,12 +155,14 @@ def test_pretraining_step_by_step(chat):
             assert which in [f"User: which of {a}, {b} is at{place}?\nAssistant:" for a, b in (("rim", "left ear"), ("left ear", "rim"))]
             assert name == own
             seen |= {(named, answer), which}
+            absent += [answer == "no"] * (hidden != [])
+    assert 0.35 < np.mean(absent) < 0.65  # where a keypoint is hidden it is asked for half of the time
     assert len(seen) == 4 + 4  # two existing and two hidden keypoints; two places, their names in either order
 
 
 @pytest.mark.parametrize("instruction", ["description", "step"])
 def test_keypoint_token_stands_for_a_place_and_its_label_tells_it(chat, instruction):
-    spelled, chat = Chat(chat.folder, instruction), Chat(chat.folder, instruction, answer="token")
+    spelled, chat = Chat(chat.folder, ALL[instruction]), Chat(chat.folder, ALL[instruction], "token")
     ids, labels = chat.conversation(Scene(CUP, [RIM[0], EAR[0]]))
     pieces = runs(*spelled.conversation(Scene(CUP, [RIM[0], EAR[0]])))
     word = pieces[:2] if instruction == "step" else []

@@ -149,6 +149,8 @@ def test_dynamic_rounds_ask_every_keypoint_once_in_as_many_conversations_as_four
         sizes += map(len, groups)
     assert set(sizes) > {*range(1, 9)} and np.mean(sizes) == pytest.approx(4, abs=0.5)
     assert len({repr(data.group_keypoints(17, "dynamic", np.random.default_rng(seed))) for seed in range(20)}) == 20
+    cuts = {tuple(map(len, data.group_keypoints(5, "dynamic", np.random.default_rng(seed)))) for seed in range(50)}
+    assert cuts == {(1, 4), (2, 3), (3, 2), (4, 1)}
 
 
 def test_augmentation_is_as_published_and_none_is_in_a_test():
@@ -196,6 +198,26 @@ def test_training_sequence_shows_the_crop_and_asks_where_its_keypoints_are(chat,
         assert all(np.abs(crop.to_photo(chat.parse(p[:-1])) - cup.keypoints[k]).max() < 0.16 for k, p in zip(asked, pieces[1::2]))
     first = len(sum(runs(items[0]["tokens"][head:], items[0]["labels"][head:])[:4], []))
     assert numbers is None if len(groups) == 1 else numbers[0].tolist() == [0] * head + [1] * first + [2] * (len(tokens[0]) - head - first)
+
+
+def test_conversations_know_what_is_hidden_and_draw_numbers_of_their_own(monkeypatch):
+    """Hidden: not labelled as visible, or outside the crop, asked or not. Drawn: from (seed, epoch, object, group), and nothing twice."""
+    heard = []
+    monkeypatch.setattr(Crop, "cut", lambda *_: None)
+    monkeypatch.setattr(Chat, "conversation", lambda _, scene: heard.append(scene) or ([3], [3]))
+    chat = Chat.__new__(Chat)
+    chat.bos, chat.newline = 1, [2]
+
+    def scenes(examples):
+        heard.clear()
+        return [*TrainingSet(examples, CATEGORIES, chat, "", 28)] and heard[:]
+
+    even, odd = scenes([data.Example(o, crop_of(o), [[0, 3]]) for o in cups(2)])
+    assert (even.hidden, odd.hidden) == (["left ear"], ["foot", "left ear"])
+    epochs = [[s.rng.random() for s in scenes(plan_epoch(cups(5), seed, epoch, 1))] for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert epochs[0] == epochs[3] and len({*sum(epochs[:3], [])}) == sum(map(len, epochs[:3]))
+    planned = {np.random.default_rng((seed, epoch, i)).random() for seed, epoch in ((0, 0), (0, 1), (1, 0)) for i in range(5)}
+    assert not planned & {*sum(epochs, [])}  # numpy takes (seed, epoch, i, 0) for (seed, epoch, i)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

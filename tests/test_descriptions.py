@@ -175,7 +175,7 @@ def test_left_and_right_are_mirror_images():
 
 def test_questions_are_short(shared, tmp_path):
     (tmp_path / "tokenizer.json").symlink_to(shared / "llama3_tokenizer/tokenizer.json")
-    (tmp_path / "config.json").write_text('{"bos_token_id": 128000, "eos_token_id": 128009}')
+    (tmp_path / "config.json").write_text('{"bos_token_id": 128000, "eos_token_id": 128009, "vocab_size": 128256}')
     chat = Chat(tmp_path)
     lengths = {}
     for s, keypoints in SETS.items():

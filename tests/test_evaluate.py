@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from test_train import PROGRAM, draw_mp100, refused
 import evaluate
 import predict
 import train
-from chat import Chat
+from chat import INSTRUCTIONS, Chat
 from data import Category, Crop, Object, read_descriptions, read_objects
 from model import CapeLLM
 from predict import draw_object, palette
@@ -308,3 +309,11 @@ def test_68_names_fit_beside_the_photo(tmp_path):
     colours, legend = set(palette(68)), tile[:, 365:]
     assert len(colours) == 68 and colours <= set(map(tuple, legend.reshape(-1, 3).tolist()))  # a dot for each
     assert (legend[[0, -1]] == 255).all() and (legend[:, -1] == 255).all()  # no name is cut off
+
+
+def test_what_opens_a_conversation_is_said_once_when_cumulative(tiny):
+    chat, kite, asked = Chat(tiny / "llm", INSTRUCTIONS["outline"]), Category("kite", [("tip", "up"), ("tail", "down")]), []
+    model = Namespace(projection=torch.nn.Linear(1, 1), locate=lambda images, questions, *_: asked.append(questions[0]) or [[]])
+    for cumulative in False, True:
+        predict.predict(model, chat, [Crop(1, 1, 1)], torch.zeros(1, 3, 4, 4, dtype=torch.uint8), [kite], cumulative=cumulative)
+    assert asked == [chat.questions(kite), chat.questions(kite, cumulative=True)] and len(asked[0][1]) > len(asked[1][1])

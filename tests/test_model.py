@@ -252,6 +252,35 @@ def test_what_the_object_is_comes_first_in_the_models_own_words(shared, cumulati
                 ids += question + answer + (chat.place.closing if answer[-1] != chat.eos else [])
 
 
+@torch.no_grad()
+def test_what_the_object_is_is_said_freely_and_at_any_length(shared):
+    """Answers in words of unequal lengths, one ended by the end token; `constrained` is of places alone."""
+    model, images, questions = made_up(shared, [2, 3])
+    chat = TinyChat(3)
+    chat.opening = [20, 21, 22]
+    for ids, _ in sum(model.locate(images, questions, chat, constrained=True), []):
+        assert all(token == known if known else token in chat.place.digits for known, token in zip(chat.place.template, ids, strict=True))
+    start = [chat.bos, *chat.newline, *chat.opening]
+    first, second = (say(model, image, start, chat.words) for image in model.see(images))
+    chat.eos = next(token for token in second if token not in first)  # the second answer is over here
+    chat.words.closing[-1] = chat.place.closing[-1] = chat.eos
+    whats = [say(model, image, start, chat.words) for image in model.see(images)]
+    assert len(whats[1]) < len(whats[0]) == 5 and whats[1][-1] == chat.eos
+    told = model.locate(images, questions, chat)
+    for image, what, asked, answers in zip(model.see(images), whats, questions, told, strict=True):
+        before = [*start, *what, *[chat.eos] * (what[-1] != chat.eos)]
+        assert [ids for ids, _ in answers] == [say(model, image, before + question, chat.place) for question in asked]
+
+
+@torch.no_grad()
+def test_mlps_skip_the_padding(shared):
+    model, images, questions = made_up(shared, [3, 2])
+    read = []
+    model.llama.layers[0].mlp.register_forward_hook(lambda _, args, __: read.append(args[0].shape[:-1].numel()))
+    model.locate(images, questions, TinyChat(1), constrained=True)
+    assert read == [2 * (1 + 16 + 1), sum(len(q) + 2 for asked in questions for q in asked), 5 * 3]  # 2 and 3: with the draft
+
+
 # --------------------------------------------------------------------------------------------------------- <KEYPOINT>
 
 
@@ -260,7 +289,7 @@ def pointing(shared):
     """A network that answers with <KEYPOINT>, token 512 of it, a Chat for it, two photos, and tokens without it."""
     folder = shared / "parity" / "llama31"
     torch.manual_seed(0)
-    model, chat = CapeLLM.load(folder / "vit", folder / "llm", image_size=56, answer="token").eval(), TinyChat(3)
+    model, chat = CapeLLM.load(folder / "vit", folder / "llm", image_size=56, answers="token").eval(), TinyChat(3)
     chat.keypoint, chat.place = 512, Form([512], [], [2])
     return model, chat, torch.randn(2, 3, 56, 56), torch.randint(3, 512, (2, 20))
 
@@ -281,7 +310,7 @@ def test_loss_of_a_keypoint_token_is_its_distance_and_of_words_the_usual(pointin
     model, chat, images, tokens = pointing
     tokens[0, [7, 15]] = chat.keypoint
     labels = torch.full_like(tokens, -100)
-    labels[0, [7, 15]] = 512 + torch.tensor([123_456, 999_000])
+    labels[0, [7, 15]] = 512 + torch.tensor([123_456, 0])
     labels[0, 3:5], labels[1, 19] = tokens[0, 3:5], tokens[1, 19]
     text, image = model.llama.embed_tokens(tokens), model.see(images)
     hidden, _ = model.llama(torch.cat((text[:, :1], image, text[:, 1:]), dim=1))
@@ -292,7 +321,7 @@ def test_loss_of_a_keypoint_token_is_its_distance_and_of_words_the_usual(pointin
 
     def distance(t, x, y):
         return (model.decoder(hidden[0, n + t]) - torch.tensor([x, y])).abs().mean()
-    expected = ((word(0, 3) + word(0, 4) + distance(7, 0.123, 0.456) + distance(15, 0.999, 0)) / 4 + word(1, 19)) / 2
+    expected = ((word(0, 3) + word(0, 4) + distance(7, 0.123, 0.456) + distance(15, 0, 0)) / 4 + word(1, 19)) / 2
     loss = model(images, tokens, labels)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
     loss.backward()
@@ -312,3 +341,16 @@ def test_a_place_is_read_off_the_keypoint_token_behind_its_question(pointing, cu
             torch.testing.assert_close(torch.tensor(xy), place, atol=1e-5, rtol=0)
             assert answer == [512, chat.eos] and 0 < min(xy) and max(xy) < 1
             ids += [*question, 512, chat.eos] if cumulative else []
+
+
+def test_keypoint_token_with_frozen_weights_in_bf16(pointing):
+    """As on a GPU, where what trains stays fp32."""
+    model, chat, images, tokens = pointing
+    tokens[:, 9] = chat.keypoint
+    labels = torch.full_like(tokens, -100)
+    labels[:, 9] = 512 + 250_750
+    loss, [[(_, xy)], _] = model(images, tokens, labels), model.locate(images, [[tokens[0, :9].tolist()], []], chat)
+    for p in model.parameters():
+        p.data = p.data if p.requires_grad else p.data.bfloat16()
+    rough, [[(_, near)], _] = model(images, tokens, labels), model.locate(images, [[tokens[0, :9].tolist()], []], chat)
+    assert rough.dtype == torch.float32 and rough.item() == pytest.approx(loss.item(), rel=0.05) and near == pytest.approx(xy, rel=0.05)

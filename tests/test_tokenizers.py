@@ -69,7 +69,8 @@ def chat(request, tmp_path_factory):
     name, kind, folder = request.param, KINDS[request.param], tmp_path_factory.mktemp("llm")
     llama3 = request.getfixturevalue("shared") / "llama3_tokenizer/tokenizer.json" if name == "llama3" else None
     (folder / "tokenizer.json").write_text(llama3.read_text() if llama3 else sentencepiece(name))
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 128000 if llama3 else 1, "eos_token_id": kind.end}))
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 128000 if llama3 else 1, "eos_token_id": kind.end,
+                                                    "vocab_size": 128256}))
     chat = Chat(folder)
     chat.kind = kind
     return chat

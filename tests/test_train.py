@@ -242,7 +242,9 @@ def test_real_photographs_train_and_evaluate_end_to_end(shared, tiny, tmp_path, 
     (["--epoch", 3], "--epoch"), (["--rounds", "many"], "--rounds"), (["--instruction", "long"], "--instruction"),
     (["--pretrain", "direct", "--instruction", "name"], "leave out --instruction"),
     (["--pretrain", "step", "--answer", "token"], "leave out --instruction, --answer"),
-    (["--pretrain", "direct", "--tune-vit", "full"], "--tune-*"), (["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+    (["--pretrain", "direct", "--tune-vit", "full"], "--tune-*"), (["--pretrain", "step", "--tune-llm", "full"], "--tune-*"),
+    (["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"), (["--seed", -1], "--seed"),
+    (["--resume", "a.pt", "--init", "b.pt"], "give only one of them"),
     *(([f"--{n}", 0], f"--{n}") for n in ("batch", "micro-batch", "rounds", "save-every", "log-every")),
 ])
 def test_wrong_arguments_are_one_line(arguments, wrong, message):
@@ -272,6 +274,8 @@ def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(trained, t
     assert all(" ".join(map(str, chat.opening)) in line for line in lines) and bool(chat.opening) == ("step" in how)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["objects"] == 6 and ("token" not in how or report["malformed"] == 0)
+    told = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    assert all((confidence is None) == ("token" in how) for p in told for confidence in p["confidence"])
     rounds = {sum(label == chat.eos for label in row) for _, _, labels, _ in trained_on for row in labels.tolist()}
     assert "dynamic" not in how or rounds - {1, 2}
 
@@ -284,6 +288,7 @@ def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(argume
         assert before["model"].keys() == {"projection.weight", "projection.bias"} and before["args"]["tune_llm"] == "frozen"
         assert not torch.equal(before["model"]["projection.weight"], fresh["projection.weight"])
         path = tmp_path / way / "ckpt.pt"
+        assert train.load_chat(Namespace(**before["args"])).instruction is train.PRETRAINING[way]
         started = train.load_model(train.parse_arguments(arguments("--init", path)), "cpu").state_dict()
         for name, value in started.items():
             assert torch.equal(value, before["model"].get(name, fresh[name])), name  # adapters start as ever
@@ -291,7 +296,8 @@ def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(argume
         assert trained("--init", path, "--epochs", 1, out=f"after {way}")["model"].keys() >= LORA
     wide = {"args": {}, "model": {"projection.weight": torch.zeros(9, 9), "projection.bias": torch.zeros(9)}, "optimizer": {}, "step": 1}
     torch.save(wide, tmp_path / "wide.pt")
-    assert "weight is (9, 9) in the checkpoint, (32, 32) here" in refused(train, arguments("--init", tmp_path / "wide.pt", out="w"))
+    line = refused(train, arguments("--init", tmp_path / "wide.pt", out="w"))
+    assert "wide.pt: weight is (9, 9) in the checkpoint, (32, 32) here" in line
 
 
 def test_a_resumed_run_does_not_start_from_init_again(arguments, trained, tmp_path):
