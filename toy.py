@@ -21,6 +21,8 @@ import time
 from multiprocessing import Pool
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin while they wait are several times slower beside other work
+
 import numpy as np
 import torch
 import torch.nn.functional as F
