@@ -21,7 +21,8 @@ import time
 from multiprocessing import Pool
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin while they wait are several times slower beside other work
+# Before torch is loaded: beside other work, threads that spin while they wait for each other make training several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

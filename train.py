@@ -74,8 +74,7 @@ def parse_arguments(argv):
     recipe.add_argument("--clip", type=float, default=0, help="largest norm of the gradient, 0 for none")
     recipe.add_argument("--instruction", choices=INSTRUCTIONS, default="description", help="what is said of keypoints: Tables 3, 6, 7")
     recipe.add_argument("--rounds", type=rounds, default=4, help='keypoints asked in a conversation (Table 4), or "dynamic": any number')
-    recipe.add_argument("--pretrain", choices=PRETRAINING, help="Table 9: trains the projection alone (whatever --tune-*), to name the "
-                        "keypoint at a place")
+    recipe.add_argument("--pretrain", choices=PRETRAINING, help="Table 9: trains the projection alone, to name the keypoint at a place")
     recipe.add_argument("--seed", type=natural, default=42)
     running = parser.add_argument_group("running")
     running.add_argument("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch then counts "
@@ -157,8 +156,9 @@ def load_model(args, device, checkpoint=None):
         if checkpoint:
             load_trainable_state(model, checkpoint["model"])
         elif args.init:
-            start = read_checkpoint(args.init)["model"].items()
-            load_trainable_state(model.projection, {name[11:]: tensor for name, tensor in start if name.startswith("projection.")})
+            weights = read_checkpoint(args.init)["model"]
+            load_trainable_state(model.projection, {name: weights[f"projection.{name}"] for name in ("weight", "bias")
+                                                    if f"projection.{name}" in weights})
     except ValueError as e:
         init = f"--init {args.init}: " if args.init and not checkpoint else ""
         raise InputError(f"{init}{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None

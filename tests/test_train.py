@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from transformers import HieraConfig, HieraModel
 
 import evaluate
 import train
@@ -278,6 +279,18 @@ def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(trained, t
     assert all((confidence is None) == ("token" in how) for p in told for confidence in p["confidence"])
     rounds = {sum(label == chat.eos for label in row) for _, _, labels, _ in trained_on for row in labels.tolist()}
     assert "dynamic" not in how or rounds - {1, 2}
+
+
+def test_hiera_is_recognised_trained_and_evaluated(trained, tmp_path):
+    """Table 4. Four blocks of 2 x 2 mask units: four image tokens."""
+    size = dict(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], image_size=[64, 64])
+    HieraModel(HieraConfig(**size)).save_pretrained(tmp_path / "hiera")
+    checkpoint = trained("--vit", tmp_path / "hiera", "--image-size", 64, "--epochs", 1)
+    adapters = {f"vit.blocks.{i}.attn.{x}.lora_{m}" for i in range(4) for x in "qv" for m in "AB"}
+    assert {name for name in checkpoint["model"] if name.startswith("vit")} == adapters
+    assert all(checkpoint["model"][name].any() for name in adapters) and checkpoint["model"]["projection.weight"].shape == (32, 64)
+    evaluate.main([str(tmp_path / "run" / "ckpt.pt")])
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["objects"] == 6
 
 
 def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(arguments, trained, tmp_path):
