@@ -230,6 +230,7 @@ def main(argv):
     root = args.data or getattr(trained, "data", "data/mp100")
     split = args.split or getattr(trained, "split", 1)
     annotations = Path(root, "annotations", f"mp100_split{split}_{args.subset}.json")
+    # The checkpoint's own texts; --descriptions replaces those of the same categories, and all of them if the file is gone.
     own = Path(getattr(trained, "descriptions", "descriptions.json"))
     categories = read_descriptions(own) if own.exists() or not args.descriptions else {}
     if args.descriptions:

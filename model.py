@@ -4,7 +4,7 @@
                                          v
     BOS embedding, [ 256 image tokens ], embeddings of "\\n", question, answer ... ----> Llama ----> next token at each position
 
-forward() is the training loss; locate() answers questions. Letters: P photos, R rows (one question each), B conversations,
+forward() is the training loss; locate() answers questions. Letters: P photos, R rows (a conversation each), B conversations,
 T tokens of text, N image tokens, D width of the LLM.
 """
 
@@ -127,7 +127,7 @@ class CapeLLM(nn.Module):
         told = [[] for _ in images]
         for turn in turns:
             blocks = [rest + question if question else [] for rest, question in zip(unread, turn)]
-            answers = self.answer(rows, blocks, chat.place, constrained) if self.decoder is None else self.decode(rows, blocks, chat)
+            answers = self.answer(rows, blocks, chat.place, constrained) if self.decoder is None else self.point(rows, blocks, chat)
             for p, (ids, spread) in zip(photos, answers):
                 if ids:
                     told[p].append((ids, spread))
@@ -140,7 +140,7 @@ class CapeLLM(nn.Module):
         _, cache = self.llama(torch.cat((start[:, :1], self.see(images), start[:, 1:]), dim=1))
         return Rows(self.llama, cache)
 
-    def decode(self, rows, questions, chat):
+    def point(self, rows, questions, chat):
         """Answers each row's question, if it has one, with <KEYPOINT>, and reads its place off the hidden state: [(ids, (x, y)), ...]."""
         blocks = [question and [*question, chat.keypoint] for question in questions]
         if not any(blocks):

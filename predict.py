@@ -8,13 +8,14 @@ A keypoint is a name, a colon and a description that says where it is and what i
 
 import argparse
 import colorsys
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Category, Crop, normalize
+from data import UNREADABLE, Category, Crop, normalize
 from llama import InputError, read_json
 from train import load_chat, load_model, read_checkpoint, run, start_processes
 
@@ -22,7 +23,7 @@ from train import load_chat, load_model, read_checkpoint, run, start_processes
 def load_trained(checkpoint, device, llm=None, vit=None):
     """What read_checkpoint() gave -> the network and the Chat that it was trained with. llm, vit: where the weights lie now."""
     trained = argparse.Namespace(**checkpoint["args"])
-    if getattr(trained, "pretrain", None):
+    if trained.pretrain:
         raise InputError("the checkpoint is one of --pretrain, which locates nothing; train from it with train.py --init")
     trained.llm, trained.vit = llm or trained.llm, vit or trained.vit
     return load_model(trained, device, checkpoint).eval(), load_chat(trained)
@@ -114,13 +115,13 @@ def parse_box(text, photo):
     try:
         with Image.open(photo) as image:
             width, height = image.size
-    except OSError as e:
+    except UNREADABLE as e:
         raise InputError(f"{photo}: not a readable photo ({e})") from None
     try:
         x, y, w, h = map(float, text.split(",")) if text else (0, 0, width, height)
     except ValueError:
         raise InputError(f"--box {text}: four numbers x,y,w,h are wanted") from None
-    if not (w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0):
+    if not (0 < w < math.inf and 0 < h < math.inf and x < width and y < height and x + w > 0 and y + h > 0):
         raise InputError(f"--box {text}: lies outside the photo, which is {width} x {height} pixels, or is empty")
     return x, y, w, h
 
@@ -130,7 +131,8 @@ def main(argv):
     parser.add_argument("checkpoint")
     parser.add_argument("photo")
     parser.add_argument("--keypoints", required=True, help='"name: description, name: description", or a set of descriptions.json')
-    parser.add_argument("--box", help="x,y,w,h of the object in pixels; default: the whole photo")
+    parser.add_argument("--box", help="x,y,w,h of the object in pixels, --box=-5,... if it begins with a minus; "
+                        "default: the whole photo")
     parser.add_argument("--decode", choices=["greedy", "median", "mean"], default="greedy", help="of the distribution of each coordinate")
     parser.add_argument("--descriptions", default="descriptions.json", help="where keypoint sets are looked up")
     parser.add_argument("--llm", help="where its weights lie now, if they were moved since the training")

@@ -547,12 +547,12 @@ def mean_places(objects, categories):
     return {name: np.mean(points, axis=0) for name, points in places.items()}
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pretrain", action="store_true", help="make the backbones of assets/toy instead")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws another toy MP-100 and trains on it")
+    parser.add_argument("--seed", type=train.natural, default=0, help="another seed draws another toy MP-100 and trains on it")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.pretrain:
         return pretrain()
     out, began, took = args.out, time.perf_counter(), []
@@ -595,4 +595,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    train.run(main)

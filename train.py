@@ -39,7 +39,9 @@ def positive(text):
 
 
 def natural(text):
-    return 0 if text == "0" else positive(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
+    return int(text)
 
 
 def rounds(text):
@@ -79,7 +81,7 @@ def parse_arguments(argv):
     running = parser.add_argument_group("running")
     running.add_argument("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch then counts "
                          "photos, and all keypoints of a photo are in the same step and crop")
-    running.add_argument("--checkpoint-activations", action="store_true", help="half the memory for half as much work again")
+    running.add_argument("--checkpoint-activations", action="store_true", help="keeps hardly any activations, for half as much work again")
     running.add_argument("--compile", action="store_true", help="torch.compile every block")
     running.add_argument("--workers", type=int, default=4, help="processes that read photos, per GPU")
     running.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")

@@ -291,6 +291,22 @@ def test_predictions_may_be_null_of_other_splits_and_by_permission_absent(checkp
     assert evaluate.read_predictions(path, objects, allow_missing=True)[:2] == [[None] * 5, [None, (1, 2), None]]
 
 
+@pytest.mark.parametrize("photo, more, message", [
+    ("nowhere.jpg", [], "nowhere.jpg: not a readable photo"),
+    *((content, [], "not a readable photo") for content in (b"GIF89a", b"P6 3 x 255 ", b"P6 90000 90000 255 ")),
+    *((None, [f"--box={box}"], f"--box {box}: ") for box in (
+        "1,2,3", "a,b,c,d", "0,0,0,9", "500,0,9,9", "nan,0,9,9", "0,0,inf,inf", "-inf,0,9,9")),
+    (None, ["--keypoints", "eye"], '--keypoints "eye": neither'),
+    (None, ["--keypoints", "eye:, nose: tip"], "lacks a name or a description"),
+    (None, ["--out", "nowhere/a.png"], "nowhere/a.png: the picture cannot be written"), (None, ["--llm", "nowhere"], "nowhere/"),
+])
+def test_a_users_slips_in_predict_are_one_clear_line(checkpoint, tmp_path, photo, more, message):
+    path = checkpoint / "data/images/kite/1.jpg" if photo is None else tmp_path / "photo" if isinstance(photo, bytes) else photo
+    if isinstance(photo, bytes):
+        path.write_bytes(photo)
+    assert message in refused(predict, [checkpoint / "ckpt.pt", path, "--keypoints", "tip: the end", "--out", tmp_path / "a.png", *more])
+
+
 def test_points_are_drawn_where_they_are_in_their_colours(tmp_path):
     Image.new("RGB", (200, 100), "gray").save(tmp_path / "photo.png")
     crop = Crop(150, 50, 100)  # the right half of the photo, so pixel (x, y) is (3.6 (x - 100), 3.6 y) on the tile
