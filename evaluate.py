@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import crop_of, existing_photos, read_descriptions, read_objects, report_missing
 from llama import InputError, read_json
 from predict import check_decoding, draw_object, load_trained, predict, save_picture
-from train import positive, read_checkpoint, run, start_processes
+from train import positive, quiet_worker, read_checkpoint, run, start_processes
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
 
@@ -151,7 +151,7 @@ def run_checkpoint(args, checkpoint, objects, categories, root):
     order = sorted(range(len(objects)), key=lambda i: len(objects[i].keypoints))
     batches = [order[i:i + args.batch] for i in range(0, len(order), args.batch)][rank::world]
     photos = Photos(objects, root, checkpoint["args"]["image_size"])
-    loader = DataLoader(photos, batch_sampler=batches, collate_fn=list, num_workers=args.workers)
+    loader = DataLoader(photos, batch_sampler=batches, collate_fn=list, num_workers=args.workers, worker_init_fn=quiet_worker)
     results = predict_objects(model, chat, objects, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True),
                               constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
     if world > 1:

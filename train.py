@@ -127,6 +127,12 @@ def run(main):
         dist.destroy_process_group()
 
 
+def quiet_worker(_):
+    """For a DataLoader's workers: one that is talked to while Ctrl-C comes prints no traceback of the broken connection. Errors in
+    reading photos do not pass here; they are sent to the main process."""
+    sys.excepthook = lambda *_: None
+
+
 def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -241,7 +247,7 @@ def main(argv):
             ahead = range(step - epoch * epoch_steps, epoch_steps)  # all of the epoch's steps, but for those before a restart
             loader = iter(DataLoader(TrainingSet(examples, categories, chat, args.data, args.image_size), collate_fn=collate,
                                      batch_sampler=list(micro_batches(len(examples), ahead, args, rank, world)),
-                                     num_workers=args.workers, pin_memory=device.type == "cuda"))
+                                     num_workers=args.workers, worker_init_fn=quiet_worker, pin_memory=device.type == "cuda"))
             for _ in ahead:
                 began, n_tokens, loss = time.perf_counter(), 0, torch.zeros((), device=device)
                 for i in range(accumulation):
