@@ -217,7 +217,7 @@ def group_keypoints(n, k, rng):
 
 
 def plan_epoch(objects, seed, epoch, rounds, pack=False):
-    """All examples of an epoch in the order of training, drawn from (seed, epoch, object) alone.
+    """All examples of an epoch in the order of training, drawn from (seed, epoch, object) alone, objects counted from 1 and 0 the order.
 
     Each is one group of keypoints, or with `pack` all groups of an object, and has its own augmentation: side x N(1, 0.3) within
     0.7 ... 1.3, turned by up to 40 degrees half of the time. Keypoints that are hidden or fall outside the crop are not asked; an
@@ -225,7 +225,7 @@ def plan_epoch(objects, seed, epoch, rounds, pack=False):
     """
     examples = []
     for i, o in enumerate(objects):
-        rng = np.random.default_rng((seed, epoch, i))
+        rng = np.random.default_rng((seed, epoch, 1 + i))
         groups = group_keypoints(len(o.keypoints), rounds, rng)
         for number, together in enumerate([groups] if pack else [[group] for group in groups]):
             scale = min(max(rng.normal(1, 0.3), 0.7), 1.3)
@@ -234,8 +234,8 @@ def plan_epoch(objects, seed, epoch, rounds, pack=False):
             shown = o.visible & inside(crop.from_photo(o.keypoints))
             asked = [[k for k in group if shown[k]] for group in together]
             if any(asked):
-                examples.append(Example(o, crop, [group for group in asked if group], (seed, epoch, i, 1 + number)))
-    order = np.random.default_rng((seed, epoch)).permutation(len(examples))
+                examples.append(Example(o, crop, [group for group in asked if group], (seed, epoch, 1 + i, 1 + number)))
+    order = np.random.default_rng((seed, epoch, 0)).permutation(len(examples))
     return [examples[i] for i in order]
 
 

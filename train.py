@@ -177,11 +177,21 @@ def load_chat(args):
     return Chat(args.llm, PRETRAINING[args.pretrain] if args.pretrain else INSTRUCTIONS[args.instruction], args.answer)
 
 
+def make_optimizer(model, args, device):
+    """AdamW, without weight decay on biases and norms: as Hugging Face's trainer, with which the published code trains."""
+    groups = {True: [], False: []}  # whether it decays
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[not (name.endswith("bias") or "norm" in name)].append(p)
+    groups = [{"params": params, "weight_decay": args.weight_decay if decays else 0} for decays, params in groups.items() if params]
+    return torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+
+
 def learning_rate(step, steps, args):
-    """Linear warm-up, then a cosine down to zero."""
+    """Linear warm-up from 0, which the first step takes, then a cosine down to zero: as Hugging Face's trainer."""
     warmup = math.ceil(args.warmup * steps)
     if step < warmup:
-        return args.lr * (step + 1) / warmup
+        return args.lr * step / warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
@@ -215,7 +225,7 @@ def main(argv):
     # ---- network
     model = load_model(args, device, checkpoint)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    optimizer = make_optimizer(model, args, device)
     step = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])

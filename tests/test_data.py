@@ -216,7 +216,7 @@ def test_conversations_know_what_is_hidden_and_draw_numbers_of_their_own(monkeyp
     assert (even.hidden, odd.hidden) == (["left ear"], ["foot", "left ear"])
     epochs = [[s.rng.random() for s in scenes(plan_epoch(cups(5), seed, epoch, 1))] for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert epochs[0] == epochs[3] and len({*sum(epochs[:3], [])}) == sum(map(len, epochs[:3]))
-    planned = {np.random.default_rng((seed, epoch, i)).random() for seed, epoch in ((0, 0), (0, 1), (1, 0)) for i in range(5)}
+    planned = {np.random.default_rng((seed, epoch, i)).random() for seed, epoch in ((0, 0), (0, 1), (1, 0)) for i in range(6)}
     assert not planned & {*sum(epochs, [])}  # numpy takes (seed, epoch, i, 0) for (seed, epoch, i)
 
 

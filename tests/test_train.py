@@ -179,8 +179,28 @@ def test_compiled_blocks_train_to_the_same_weights(trained, monkeypatch):
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
     rates = [train.learning_rate(step, 99, Namespace(lr=2.0, warmup=0.03)) for step in range(100)]  # 2.97 -> 3 of warm-up, 96 of cosine
-    assert rates[:4] == pytest.approx([2 / 3, 4 / 3, 2, 2])
+    assert rates[:4] == pytest.approx([0, 2 / 3, 4 / 3, 2])
     assert [rates[3 + 24 * i] for i in (1, 2, 3, 4)] == pytest.approx([1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0])
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_rate_and_decay_are_those_of_the_published_trainer(tiny, tmp_path, tune):
+    """Hugging Face's: its rate at each step, and the parameters that it lets decay. LayerScale's are no norms to it, either."""
+    import transformers
+    args = Namespace(lr=5e-4, warmup=0.03, weight_decay=0.01)
+    model = CapeLLM.load(tiny / "vit", tiny / "llm", 56, tune, tune)
+    theirs = transformers.Trainer(model, transformers.TrainingArguments(
+        tmp_path, learning_rate=5e-4, warmup_steps=0.03, weight_decay=0.01, lr_scheduler_type="cosine", use_cpu=True, report_to="none"))
+    scheduler = theirs.create_optimizer() and theirs.create_scheduler(99)
+    for step in range(99):
+        assert train.learning_rate(step, 99, args) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        scheduler.optimizer.step(), scheduler.step()
+
+    def decaying(optimizer):
+        return {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    ours = train.make_optimizer(model, args, torch.device("cpu"))
+    norms = {id(p) for name, p in model.llama.named_parameters() if "norm" in name}  # of a class that it does not know
+    assert decaying(ours) == decaying(theirs.optimizer) - norms and len(decaying(ours)) > 10
 
 
 def test_log_tells_the_arithmetic_then_every_step(trained, tiny, capsys):
@@ -193,7 +213,7 @@ def test_log_tells_the_arithmetic_then_every_step(trained, tiny, capsys):
     logged = re.findall(r"^step +(\d+)  epoch +(\d)  loss (\S+)  lr (\S+)  .*? [\d,]+ tokens/s  [\d.]+ GiB", log, re.M)
     assert [(int(step), int(epoch)) for step, epoch, *_ in logged] == [(i, 1 + (i > 4)) for i in range(1, 9)]
     cosine = [0.125 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
-    assert [float(lr) for *_, lr in logged] == pytest.approx([0.125, 0.25, *cosine], rel=0.01)
+    assert [float(lr) for *_, lr in logged] == pytest.approx([0, 0.125, *cosine], rel=0.01)
     vocabulary = json.loads((tiny / "llm" / "config.json").read_text())["vocab_size"]
     assert float(logged[0][2]) == pytest.approx(math.log(vocabulary), abs=1)
 
