@@ -1,11 +1,13 @@
-"""MP-100 as CapeLLM sees it: objects, crops, groups of keypoints, epochs (paper section 3.3).
+"""MP-100 as CapeLLM sees it: instances, crops, groups of keypoints, epochs (paper, sections 3.3 and 4.1).
 
-    data/mp100/annotations/mp100_split{1..5}_{train,val,test}.json      COCO style: images, annotations, categories
+    data/mp100/annotations/mp100_split{1..5}_{train,val,test}.json  COCO: images, annotations, categories
     data/mp100/images/<file_name>
-    descriptions.json                                                   name and description of every keypoint
+    descriptions.json                                               names and descriptions of all keypoints
 
-An object is one annotated animal, garment or thing. Its square crop is what the network sees; coordinates in questions and
-answers are fractions of that crop, x to the right, y down. Points are always (x, y), sizes (width, height), in pixels of the photo.
+An instance is one annotated animal, garment or thing. The network sees its square crop, and coordinates in
+questions and answers are fractions of that crop. Elsewhere points are in pixels of the photo. A point is
+always (x, y), x to the right and y down; a size is (width, height). Letters: B conversations, T tokens of
+text, K keypoints. `python data.py` draws four crops of one instance.
 """
 
 import math
@@ -15,109 +17,113 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from chat import IGNORE, Scene
-from llama import InputError, read_json
+from chat import IGNORE, Category, Scene
+from common import InputError, read_json
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what pillow raises for photos it cannot read
-
-
-# ----------------------------------------------------------------------------------------------------------- annotations
+# what pillow raises for photos that it cannot read
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-@dataclass(frozen=True)
-class Category:
-    name: str
-    keypoints: list  # of (name, description), in the order of the annotations
+# ----------------------------------------------------------------------------------------------- annotations
 
 
 @dataclass(frozen=True)
-class Object:
-    id: int  # of the annotation
-    category: int
+class Instance:
+    annotation_id: int
+    category_id: int
     photo: str  # file name below images/
     box: tuple  # x, y, width, height, clipped to the photo
     keypoints: np.ndarray  # (K, 2)
-    visible: np.ndarray  # (K,) bool, hidden but labelled points count as visible
+    visible: np.ndarray  # (K,) bool, whether it is labelled; something may be in front of it
 
 
 def read_descriptions(path):
     """descriptions.json -> {category id: Category}. InputError says which entry is wrong."""
     raw, categories = read_json(path), {}
     try:
-        for id, entry in raw["categories"].items():
-            points = raw["keypoint_sets"][entry["keypoint_set"]]
-            categories[int(id)] = Category(entry["name"], [(p["name"], p["description"]) for p in points])
+        for category_id, entry in raw["categories"].items():
+            keypoints = raw["keypoint_sets"][entry["keypoint_set"]]
+            keypoints = [(keypoint["name"], keypoint["description"]) for keypoint in keypoints]
+            categories[int(category_id)] = Category(entry["name"], keypoints)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise InputError(f"{path}: entry {e} is missing or not as README's \"Your own data\" shows") from None
     return categories
 
 
-def read_objects(path, categories):
-    """An annotation file -> its objects, photo by photo. categories as from read_descriptions().
+def read_instances(path, categories):
+    """An annotation file -> its Instances, photo by photo. categories: what read_descriptions() gave.
 
-    Left out, as in the published code: crowds, objects without area or keypoints, and those whose clipped box is empty.
+    As in the published code, some annotations are left out: see make_instance(). InputError names the
+    annotation that is malformed or does not fit the descriptions.
     """
     raw = read_json(path)
     try:
         annotations = {}
-        for a in raw["annotations"]:
-            annotations.setdefault(a["image_id"], []).append(a)
-        objects = []
-        for photo in raw["images"]:
-            for a in annotations.get(photo["id"], []):
-                x, y, w, h = a["bbox"]
-                points = np.array(a["keypoints"], dtype=np.float64).reshape(-1, 3)
-                if not (np.isfinite(points).all() and math.isfinite(x + y + w + h)):
-                    raise InputError(f"{path}: annotation {a['id']} has a coordinate that is not a number")
-                x1, y1 = max(0, x), max(0, y)
-                x2 = min(photo["width"] - 1, x1 + max(0, w - 1))
-                y2 = min(photo["height"] - 1, y1 + max(0, h - 1))
-                if a.get("iscrowd") or a.get("area", 1) <= 0 or x2 <= x1 or y2 <= y1 or not points.any():
-                    continue
-                if a["category_id"] not in categories:
-                    raise InputError(f"{path}: category {a['category_id']} has no descriptions; add it to the descriptions file")
-                if len(points) != (K := len(categories[a["category_id"]].keypoints)):
-                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints, but "
-                                     f"{categories[a['category_id']].name} has {K} descriptions")
-                objects.append(Object(a["id"], a["category_id"], photo["file_name"], (x1, y1, x2 - x1, y2 - y1),
-                                      points[:, :2], points[:, 2] > 0))
+        for annotation in raw["annotations"]:
+            annotations.setdefault(annotation["image_id"], []).append(annotation)
+        instances = [make_instance(annotation, photo, categories, path)
+                     for photo in raw["images"] for annotation in annotations.get(photo["id"], [])]
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise InputError(f"{path}: not an MP-100 annotation file ({type(e).__name__}: {e})") from None
-    return objects
+    return [instance for instance in instances if instance is not None]
 
 
-def existing_photos(objects, root, categories, allow_missing):
-    """The objects whose photo is there and has a readable header. InputError lists the others by category, unless allowed, and
-    says if none is left."""
+def make_instance(annotation, photo, categories, path):
+    """-> Instance; None for a crowd, if all keypoints are zeros, or if nothing of the box is in the photo."""
+    number, category_id = annotation["id"], annotation["category_id"]
+    x, y, w, h = annotation["bbox"]
+    points = np.array(annotation["keypoints"], dtype=np.float64).reshape(-1, 3)  # x, y, visibility
+    if not (np.isfinite(points).all() and math.isfinite(x + y + w + h)):
+        raise InputError(f"{path}: annotation {number} has a coordinate that is not a number")
+    x1, y1 = max(0, x), max(0, y)
+    x2 = min(photo["width"] - 1, x1 + max(0, w - 1))
+    y2 = min(photo["height"] - 1, y1 + max(0, h - 1))
+    is_empty = annotation.get("area", 1) <= 0 or x2 <= x1 or y2 <= y1 or not points.any()
+    if is_empty or annotation.get("iscrowd"):
+        return None
+    if category_id not in categories:
+        raise InputError(f"{path}: category {category_id} has no descriptions; "
+                         "add it to the descriptions file")
+    category = categories[category_id]
+    if len(points) != len(category.keypoints):
+        raise InputError(f"{path}: annotation {number} has {len(points)} keypoints, but {category.name} has "
+                         f"{len(category.keypoints)} descriptions")
+    box = (x1, y1, x2 - x1, y2 - y1)
+    return Instance(number, category_id, photo["file_name"], box, points[:, :2], points[:, 2] > 0)
+
+
+def keep_readable(instances, root, categories, allow_missing):
+    """-> the instances whose photo is there and has a readable header. The others are refused or left out."""
     readable = {}
-    for photo in {o.photo for o in objects}:
+    for photo in {instance.photo for instance in instances}:
         try:
             Image.open(Path(root, "images", photo)).close()
             readable[photo] = True
         except UNREADABLE:
             readable[photo] = False
-    report_missing([o for o in objects if not readable[o.photo]], root, categories, allow_missing)
+    refuse_missing([o for o in instances if not readable[o.photo]], root, categories, allow_missing)
     if not any(readable.values()):
-        raise InputError(f"{root}/images: none of the photos of {len(objects)} objects is there")
-    return [o for o in objects if readable[o.photo]]
+        raise InputError(f"{root}/images: none of the photos of {len(instances)} objects is there")
+    return [instance for instance in instances if readable[instance.photo]]
 
 
-def report_missing(objects, root, categories, allow_missing):
-    if objects and not allow_missing:
-        counts = Counter(categories[o.category].name for o in objects)
-        raise InputError(f"{root}/images: photos of {len(objects)} objects are missing or unreadable "
-                         f"({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. {objects[0].photo}; "
-                         "complete the folder or leave them out with --allow-missing")
+def refuse_missing(instances, root, categories, allow_missing):
+    """InputError that counts the instances without photo by category, unless allow_missing."""
+    if instances and not allow_missing:
+        counts = Counter(categories[instance.category_id].name for instance in instances)
+        raise InputError(f"{root}/images: photos of {len(instances)} objects are missing or unreadable "
+                         f"({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. "
+                         f"{instances[0].photo}; complete the folder or leave them out with --allow-missing")
 
 
-# ----------------------------------------------------------------------------------------------------------------- crops
+# ----------------------------------------------------------------------------------------------------- crops
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of the photo, turned by `angle` (radians, clockwise on the screen) about its centre."""
+    """A square of the photo with its centre at (x, y), turned clockwise by `angle` radians."""
 
     x: float
     y: float
@@ -138,32 +144,39 @@ class Crop:
         return (np.asarray(points) - 0.5) * self.side @ self.rotation.T + (self.x, self.y)
 
     def cut(self, path, size):
-        """Reads a photo -> its crop, uint8 (3, size, size), black outside the photo. InputError if it cannot be read.
-
-        Large photos are first read at 1/2, 1/4 or 1/8 (JPEG) or averaged over whole blocks (others), always to at least twice
-        the size wanted, so nothing is lost. EXIF rotation is ignored: MP-100's points were made on unrotated pixels.
-        """
-        try:
-            with Image.open(path) as photo:
-                width = photo.width
-                photo.draft(None, [math.ceil(2 * size / self.side * n) for n in photo.size])
-                photo.load()
-                shrink = round(width / photo.width)
-                if photo.mode.startswith("I"):  # 16 bits a pixel: PIL would clip instead of scale
-                    photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
-                if photo.mode != "RGB":  # else it would be copied
-                    photo = photo.convert("RGB")
-        except UNREADABLE as e:
-            raise InputError(f"{path}: not a readable photo ({e})") from None
-        if (blocks := int(self.side / shrink / (2 * size))) > 1:
-            photo, shrink = photo.reduce(blocks), shrink * blocks
-        n = max(size, round(self.side / shrink))  # first about one pixel per pixel, then down with antialiasing
+        """Reads a photo -> its crop, uint8 (3, size, size), black outside. InputError if it is unreadable."""
+        photo, shrink = open_reduced(path, self.side, size)
+        n = max(size, round(self.side / shrink))  # cut at full resolution, then reduce with antialiasing
         origin = self.to_photo((0.0, 0.0)) / shrink
-        step = self.rotation * (self.side / shrink / n)
+        step = self.rotation * (self.side / shrink / n)  # in the photo, for each pixel of the square
         affine = (*step[0], origin[0], *step[1], origin[1])
         square = photo.transform((n, n), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
         square = square.resize((size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def open_reduced(path, side, size):
+    """Reads a photo of which `side` pixels will be shown as `size` -> RGB image, and how much it shrank.
+
+    A large photo is read at 1/2, 1/4 or 1/8 (JPEG) and then averaged over whole blocks of pixels. At least
+    twice the size wanted is kept, so nothing is lost. EXIF rotation is ignored: MP-100's points were made on
+    unrotated pixels.
+    """
+    try:
+        with Image.open(path) as photo:
+            width = photo.width
+            photo.draft(None, [math.ceil(2 * size / side * n) for n in photo.size])
+            photo.load()
+            shrink = round(width / photo.width)
+            if photo.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
+                photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
+            if photo.mode != "RGB":  # convert() would copy it
+                photo = photo.convert("RGB")
+    except UNREADABLE as e:
+        raise InputError(f"{path}: not a readable photo ({e})") from None
+    if (block := int(side / shrink / (2 * size))) > 1:
+        photo, shrink = photo.reduce(block), shrink * block
+    return photo, shrink
 
 
 def inside(points):
@@ -171,9 +184,9 @@ def inside(points):
     return ((points >= 0) & (points < 1)).all(axis=-1)
 
 
-def crop_of(object, scale=1.0, angle=0.0):
-    """The square around the object's box whose side is the box's longer side."""
-    x, y, w, h = object.box
+def crop_of(instance, scale=1.0, angle=0.0):
+    """The square around the instance's box whose side is the box's longer side."""
+    x, y, w, h = instance.box
     return Crop(x + w / 2, y + h / 2, max(w, h) * scale, angle)
 
 
@@ -184,99 +197,137 @@ def normalize(images):
     return (images / 255 - mean) / std
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------------- epochs
 
 
 @dataclass(frozen=True)
 class Example:
-    """What is trained on: an object, its crop, and groups of keypoints (indices), each asked in a conversation of its own."""
+    """What is trained on: a crop of an instance, and the keypoints that conversations ask about."""
 
-    object: Object
+    instance: Instance
     crop: Crop
-    groups: list
-    seed: tuple = ()  # of what its conversations draw; numpy takes (1, 2, 0) for (1, 2), so none ends in 0
+    groups: list  # for each conversation, a list of indices of keypoints
+    seed: tuple = ()  # of the random choices made within the conversations
 
 
-def count_groups(n, k):
-    return math.ceil(n / (4 if k == "dynamic" else k))
+def count_groups(n, rounds):
+    """How many conversations ask for n keypoints, `rounds` in each. "dynamic": as many as with 4."""
+    return math.ceil(n / (4 if rounds == "dynamic" else rounds))
 
 
-def group_keypoints(n, k, rng):
-    """Shuffles 0..n-1 and cuts into groups of k; a short last group is filled with others drawn at random (section 3.3).
+def group_keypoints(n, rounds, rng):
+    """Shuffles keypoints 0 ... n-1 and cuts them into groups of `rounds` (section 3.3).
 
-    k "dynamic", as in the paper's ICCV version: as many groups as with 4, cut at random places, so of any number of rounds.
+    A short last group is filled with others drawn at random. Five keypoints in fours may give
+
+        [[3, 0, 4, 1], [2, 0, 3, 4]]
+
+    "dynamic", of the paper's ICCV version, cuts at random places instead, so groups have any size.
     """
     order = rng.permutation(n).tolist()
-    if k == "dynamic":
-        cuts = sorted(rng.choice(range(1, n), count_groups(n, k) - 1, replace=False)) if n > 1 else []
+    if rounds == "dynamic":
+        cuts = sorted(rng.choice(range(1, n), count_groups(n, rounds) - 1, replace=False)) if n > 1 else []
         return [order[a:b] for a, b in zip([0, *cuts], [*cuts, n])]
-    *full, last = [order[i:i + k] for i in range(0, n, k)]
+    *full, last = [order[i:i + rounds] for i in range(0, n, rounds)]
     others = order[:n - len(last)]
-    last += rng.choice(others, min(k - len(last), len(others)), replace=False).tolist() if others else []
+    n_missing = min(rounds - len(last), len(others))
+    last += rng.choice(others, n_missing, replace=False).tolist() if others else []
     return [*full, last]
 
 
-def plan_epoch(objects, seed, epoch, rounds, pack=False):
-    """All examples of an epoch in the order of training, drawn from (seed, epoch, object) alone, objects counted from 1 and 0 the order.
+def plan_epoch(instances, seed, epoch, rounds, pack=False):
+    """All Examples of an epoch in the order of training.
 
-    Each is one group of keypoints, or with `pack` all groups of an object, and has its own augmentation: side x N(1, 0.3) within
-    0.7 ... 1.3, turned by up to 40 degrees half of the time. Keypoints that are hidden or fall outside the crop are not asked; an
-    example with none left is dropped.
+    Each is one group of keypoints, or with `pack` all groups of an instance. It has a crop of its own: the
+    box's longer side times N(1, 0.3), clipped to 0.7 ... 1.3. Half of the crops are turned, by up to 40
+    degrees either way. Keypoints that are hidden or outside the crop are not asked; an example with none left
+    is dropped.
+
+    Everything is drawn from the seed and the epoch: the order from (seed, epoch), instance i from
+    (seed, epoch, i), its j-th example's conversations from (seed, epoch, i, j). i and j count from 1, since
+    numpy makes the same numbers from (seed, epoch, 0) as from (seed, epoch).
     """
     examples = []
-    for i, o in enumerate(objects):
-        rng = np.random.default_rng((seed, epoch, 1 + i))
-        groups = group_keypoints(len(o.keypoints), rounds, rng)
-        for number, together in enumerate([groups] if pack else [[group] for group in groups]):
+    for i, instance in enumerate(instances, 1):
+        rng = np.random.default_rng((seed, epoch, i))
+        groups = group_keypoints(len(instance.keypoints), rounds, rng)
+        for j, together in enumerate([groups] if pack else [[group] for group in groups], 1):
             scale = min(max(rng.normal(1, 0.3), 0.7), 1.3)
             angle = math.radians(rng.uniform(-40, 40)) if rng.random() < 0.5 else 0.0
-            crop = crop_of(o, scale, angle)
-            shown = o.visible & inside(crop.from_photo(o.keypoints))
+            crop = crop_of(instance, scale, angle)
+            shown = instance.visible & inside(crop.from_photo(instance.keypoints))
             asked = [[k for k in group if shown[k]] for group in together]
             if any(asked):
-                examples.append(Example(o, crop, [group for group in asked if group], (seed, epoch, 1 + i, 1 + number)))
-    order = np.random.default_rng((seed, epoch, 0)).permutation(len(examples))
+                asked = [group for group in asked if group]
+                examples.append(Example(instance, crop, asked, (seed, epoch, i, j)))
+    order = np.random.default_rng((seed, epoch)).permutation(len(examples))
     return [examples[i] for i in order]
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """Examples -> {"image": uint8 (3, size, size), "tokens", "labels", "groups": lists of equal length}.
+    """Examples -> {"image": uint8 (3, size, size), "tokens", "labels", "points", "conversation": lists}.
 
-    groups tells the conversation of each token, from 1; 0 for BOS and "\n", which all share.
+    tokens, labels and points as in Chat.conversation(), behind BOS and "\\n". conversation is the number of
+    the conversation that a token belongs to, from 1, or 0 for BOS and "\\n", which all of them share.
     """
 
     def __init__(self, examples, categories, chat, root, size):
-        self.examples, self.categories, self.chat, self.root, self.size = examples, categories, chat, root, size
+        self.examples, self.categories, self.chat = examples, categories, chat
+        self.root, self.size = root, size
 
     def __len__(self):
         return len(self.examples)
 
     def __getitem__(self, i):
-        e = self.examples[i]
-        rng = np.random.default_rng(e.seed)
-        category, where = self.categories[e.object.category], e.crop.from_photo(e.object.keypoints)
-        shown = e.object.visible & inside(where)
-        hidden = [name for (name, _), seen in zip(category.keypoints, shown) if not seen]
+        example = self.examples[i]
+        instance, crop, rng = example.instance, example.crop, np.random.default_rng(example.seed)
+        category, points = self.categories[instance.category_id], crop.from_photo(instance.keypoints)
+        shown = instance.visible & inside(points)
+        hidden = [name for (name, _), is_shown in zip(category.keypoints, shown) if not is_shown]
         tokens = [self.chat.bos, *self.chat.newline]
-        labels, groups = [IGNORE] * len(tokens), [0] * len(tokens)
-        for number, group in enumerate(e.groups, 1):
-            scene = Scene(category, [(category.keypoints[k], where[k]) for k in group], hidden, rng)
-            ids, learned = self.chat.conversation(scene)
-            tokens, labels, groups = tokens + ids, labels + learned, groups + [number] * len(ids)
-        image = e.crop.cut(Path(self.root, "images", e.object.photo), self.size)
-        return {"image": image, "tokens": tokens, "labels": labels, "groups": groups}
+        item = {"image": crop.cut(Path(self.root, "images", instance.photo), self.size), "tokens": tokens,
+                "labels": [IGNORE] * len(tokens), "conversation": [0] * len(tokens), "points": []}
+        for number, group in enumerate(example.groups, 1):
+            asked = [(category.keypoints[k], tuple(points[k])) for k in group]
+            tokens, labels, keypoints = self.chat.conversation(Scene(category, asked, hidden, rng))
+            item["tokens"] += tokens
+            item["labels"] += labels
+            item["conversation"] += [number] * len(tokens)
+            item["points"] += keypoints
+        return item
 
 
-def collate(examples):
-    """A micro-batch -> images uint8 (B, 3, size, size); tokens, labels and groups (B, T), groups None if none is packed.
+def collate(items):
+    """Items of a TrainingSet -> a micro-batch: images, tokens, labels, points, conversation.
 
-    Padded on the right, where the causal attention of real tokens never looks.
+    images uint8 (B, 3, size, size). tokens, labels and conversation (B, T) are padded on the right, where the
+    causal attention of real tokens never looks. points (n, 2) for n <KEYPOINT>s, None if answers are text;
+    conversation is None if no row holds several.
     """
-    T = max(len(e["tokens"]) for e in examples)
+    T = max(len(item["tokens"]) for item in items)
 
     def pad(key, filler):
-        return torch.tensor([e[key] + [filler] * (T - len(e[key])) for e in examples])
+        return torch.tensor([item[key] + [filler] * (T - len(item[key])) for item in items])
 
-    packed = any(max(e["groups"]) > 1 for e in examples)
-    images = torch.stack([e["image"] for e in examples])
-    return images, pad("tokens", 0), pad("labels", IGNORE), pad("groups", 0) if packed else None
+    images = torch.stack([item["image"] for item in items])
+    points = [point for item in items for point in item["points"]]
+    is_packed = any(max(item["conversation"]) > 1 for item in items)
+    return (images, pad("tokens", 0), pad("labels", IGNORE), torch.tensor(points).float() if points else None,
+            pad("conversation", 0) if is_packed else None)
+
+
+if __name__ == "__main__":
+    photo = Path(__file__).parent / "assets/toy/creature.jpg"
+    points = np.array([[176, 98], [139, 65], [189, 165], [113, 148]])  # two balls, a tip, a heart
+    creature = Instance(0, 0, photo.name, (70, 52, 125, 112), points, np.ones(4, dtype=bool))
+    sheet = Image.new("RGB", (4 * 224, 224))
+    for n, example in enumerate(plan_epoch([creature], seed=11, epoch=0, rounds=1)):
+        tile = Image.fromarray(example.crop.cut(photo, 224).permute(1, 2, 0).numpy())
+        for x, y in 224 * example.crop.from_photo(points):
+            ImageDraw.Draw(tile).ellipse((x - 4, y - 4, x + 4, y + 4), "yellow", "black")
+        sheet.paste(tile, (224 * n, 0))
+        print(f"crop {n}: {example.crop.side:.0f} pixels wide, turned by "
+              f"{math.degrees(example.crop.angle):+.0f} degrees, asks for keypoint {example.groups[0][0]}")
+    Path("runs").mkdir(exist_ok=True)
+    sheet.save("runs/crops.png")
+    print("runs/crops.png shows them")

@@ -1,20 +1,25 @@
-"""Hiera: a hierarchical vision transformer without the bells and whistles (Ryali et al., 2023), the other eye of the paper's Table 4.
+"""Hiera, a vision transformer in four stages, the other eye of the paper's Table 4 (Ryali et al., 2023).
 
-    photo (224 x 224) -> 56 x 56 patches that overlap, + positions: 7 x 7 mask units of 8 x 8 tokens
-                      -> [ x + attention(norm1(x)) -> x + mlp(norm2(x)) ] * (2 + 6 + 36 + 4) -> a token for each unit, row by row
+    photo (224 x 224) -> 56 x 56 patches that overlap + positions
+        -> [ x + attention(norm1(x)) -> x + mlp(norm2(x)) ] * (2 + 6 + 36 + 4) -> 7 x 7 image tokens
 
-Plain blocks in four stages. Each stage but the first opens by pooling 2 x 2 tokens into one and doubling the width, until a mask unit
-is one token: 49 image tokens where DINOv2 has 256. While there are many tokens, each attends within its mask unit only; later to all.
+Stages 2, 3 and 4 open with a block that pools 2 x 2 tokens into one and doubles the width. So 49 image tokens
+are left, where DINOv2 has 256.
+
+Attention from each of 3,136 patches to all others would be slow. So the photo is divided into 7 x 7 squares
+of 8 x 8 patches, called mask units because pre-training hides whole ones. In the first two stages a token
+attends only to its own unit, later to the whole photo. At the end each unit is one token.
 
 The trick is the order of the tokens: unit by unit, and within a unit along a Z-shaped curve,
 
-     0  1  4  5 | 16 17 ..      so that a mask unit is 64 tokens in a row, and 2 x 2 neighbours are 4 in a row. Once those are
-     2  3  6  7 | 18 19 ..      pooled, the tokens left are again in this order: a unit 16 in a row, neighbours 4 in a row.
-     8  9 12 13 | 24 25 ..
+     0  1  4  5 | 16 17 ..      A unit is 64 tokens in a row, and 2 x 2 neighbours are 4 in a row,
+     2  3  6  7 | 18 19 ..      so both are found by a reshape.
+     8  9 12 13 | 24 25 ..      Pooling keeps the order: a unit is then 16 in a row, 2 x 2 neighbours 4.
     10 11 14 15 | 26 27 ..
 
-Reads the hub's files (facebook/hiera-large-224-hf and its sisters); q, k and v are separate layers here, since LoRA goes on q and v.
-Letters: B photos, N tokens, D width, H heads, U mask units in a row, S tokens that attend to each other.
+It reads the hub's files (facebook/hiera-large-224-hf and its sisters). q, k and v are separate layers here,
+since LoRA goes on q and v. Letters: B photos, N tokens, D width, H heads, U mask units side by side, S tokens
+that attend to each other. `python hiera.py` shows the order, and the shapes of a small one.
 """
 
 import re
@@ -25,11 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama import InputError, load_weights, read_json
+from common import InputError, load_weights, read_json
 
-# What all published Hieras for photos have in common.
-COMMON = dict(patch_size=[7, 7], patch_stride=[4, 4], patch_padding=[3, 3], num_channels=3, hidden_act="gelu", embed_dim_multiplier=2,
-              masked_unit_size=[8, 8], masked_unit_attention=[True, True, False, False], num_query_pool=3, query_stride=[2, 2])
+# What all published Hieras for photos have in common, as config.json says it or by default.
+COMMON = dict(
+    patch_size=[7, 7], patch_stride=[4, 4], patch_padding=[3, 3], num_channels=3, hidden_act="gelu",
+    embed_dim_multiplier=2, masked_unit_size=[8, 8], masked_unit_attention=[True, True, False, False],
+    num_query_pool=3, query_stride=[2, 2])
 
 
 @dataclass(frozen=True)
@@ -45,20 +52,22 @@ class HieraConfig:
 
     @classmethod
     def from_json(cls, path):
+        """Reads a config.json of the hub. InputError if it differs from what all published Hieras share."""
         raw = read_json(path, dict)
         for key, value in dict(model_type="hiera", **COMMON).items():
             if raw.get(key, COMMON.get(key)) != value:
-                raise InputError(f"{path}: {key} is {raw.get(key)!r}, not {value!r} as in the published Hieras")
+                raise InputError(f"{path}: {key} is {raw.get(key)!r}, "
+                                 f"not {value!r} as in the published Hieras")
         return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
 
     @property
     def hidden_size(self):
-        """Of the image tokens: doubled three times."""
+        """The width of the image tokens: three stages double it."""
         return self.embed_dim * 8
 
     @property
     def units(self):
-        """Mask units side by side; each is 8 patches of 4 pixels wide."""
+        """How many mask units lie side by side; each is 8 patches wide, a patch every 4 pixels."""
         return self.image_size[0] // 32
 
 
@@ -67,8 +76,18 @@ def pool(x):
     return x.unflatten(1, (-1, 4)).amax(2)
 
 
+def order_by_unit(x, U):
+    """Puts the tokens of U x U mask units, (B, N, D) row by row, into the order at the top."""
+    # Each row and column is split into its unit, then its half, quarter and eighth of the unit.
+    x = x.unflatten(1, (U, 2, 2, 2, U, 2, 2, 2))
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4, 8, 9).flatten(1, 8)
+
+
 class Attention(nn.Module):
-    """Among the S tokens of a mask unit or of the whole photo. With pooled queries there are a quarter as many outputs."""
+    """Attention among the S tokens of a mask unit or of the whole photo.
+
+    pools: 2 x 2 queries are pooled into one, so a quarter of the tokens comes out.
+    """
 
     def __init__(self, width_in, width, n_heads, S, pools):
         super().__init__()
@@ -77,21 +96,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        units = x.reshape(-1, self.S, x.shape[2])  # (B U U, S, D), or (B, N, D) as it was
+        units = x.reshape(-1, self.S, x.shape[2])  # (B U U, S, D); (B, N, D) if S is the whole photo
         q, k, v = self.q(units), self.k(units), self.v(units)
         if self.pools:
             q = pool(q)
         q, k, v = (y.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (.., H, S or S/4, D/H) -> (.., S or S/4, D)
-        return self.proj(y).reshape(len(x), -1, y.shape[2])
+        y = F.scaled_dot_product_attention(q, k, v)  # (B U U, H, S, D/H); S/4 if the queries are pooled
+        y = self.proj(y.transpose(1, 2).flatten(2))  # (B U U, S, D)
+        return y.reshape(len(x), -1, y.shape[2])  # (B, N, D)
 
 
 class Block(nn.Module):
     def __init__(self, c, stage, pools):
         super().__init__()
-        before = stage - pools  # a block that pools receives the tokens of the stage before, and attends as is done there
+        before = stage - pools  # a block that pools still attends among the tokens of the stage before
         width_in, width = (c.embed_dim * 2**s for s in (before, stage))
-        S = 64 // 4**before * (1 if before < 2 else c.units**2)
+        S = 64 // 4**before  # tokens left of a mask unit
+        if before >= 2:  # attention to the whole photo
+            S *= c.units**2
         self.norm1 = nn.LayerNorm(width_in, c.layer_norm_eps)
         self.attn = Attention(width_in, width, c.num_heads[stage], S, pools)
         self.proj = nn.Linear(width_in, width) if pools else None
@@ -101,7 +123,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = self.norm1(x)
-        if self.proj is not None:  # the residual is pooled too, and starts from the normed tokens
+        if self.proj is not None:  # the shortcut shrinks too; Hiera pools the normed tokens for it
             x = pool(self.proj(y))
         x = x + self.attn(y)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
@@ -117,11 +139,13 @@ class Hiera(nn.Module):
                                     for stage, depth in enumerate(config.depths) for i in range(depth))
 
     def forward(self, images):
-        """Normalised photos (B, 3, h, w) of the config's size -> image tokens (B, U U, 8 D), row by row, without a final norm."""
+        """Normalised photos (B, 3, h, w) -> image tokens (B, U U, 8 D), row by row.
+
+        h and w are the config's, since the position table is not resized. There is no final norm: the image
+        tokens of the published networks have none either.
+        """
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D), row by row
-        U = self.config.units
-        x = x.unflatten(1, (U, 2, 2, 2, U, 2, 2, 2))  # a row's unit, and its half, quarter and eighth of it; then a column's
-        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4, 8, 9).flatten(1, 8)  # (B, N, D) in the order above
+        x = order_by_unit(x, self.config.units)
         for block in self.blocks:
             x = block(x)
         return x
@@ -135,27 +159,53 @@ class Hiera(nn.Module):
         """Reads DIR/config.json and DIR/model.safetensors. InputError names the file and tensor at fault."""
         config = HieraConfig.from_json(Path(directory) / "config.json")
         if [image_size] * 2 != list(config.image_size):
-            raise InputError(f"image size {image_size} is not the {' x '.join(map(str, config.image_size))} of {directory}")
+            own_size = " x ".join(map(str, config.image_size))
+            raise InputError(f"image size {image_size} is not the {own_size} of {directory}")
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, directory, lambda key: rename(key, config.depths), dtype, device)
         return model
 
 
-# The heads of the hub's three kinds of Hiera: HieraModel's pooler norms the mean of the image tokens, which themselves it gives
-# as they are; an image classifier's last layer; and what masked autoencoding needs.
-HEADS = "pooler.layernorm.", "classifier.", "encoder_norm.", "multiscale_fusion.multi_scale_fusion_heads.", "decoder."
-RENAMES = [("embeddings.patch_embeddings.projection.", "patch_embed."), ("embeddings.position_embeddings", "pos_embed"),
-           ("layernorm_before.", "norm1."), ("layernorm_after.", "norm2."), ("mlp.", "")]
+# What files hold beyond the image tokens, by the hub's three kinds of Hiera.
+HEADS = (
+    "pooler.layernorm.",  # HieraModel: a norm of the mean of all image tokens
+    "classifier.",  # HieraForImageClassification
+    "encoder_norm.", "multiscale_fusion.multi_scale_fusion_heads.", "decoder.")  # HieraForPreTraining
+
+# The hub's names -> ours.
+RENAMES = [
+    ("embeddings.patch_embeddings.projection.", "patch_embed."),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("layernorm_before.", "norm1."),
+    ("layernorm_after.", "norm2."),
+    ("mlp.", ""),
+]
 
 
 def rename(key, depths):
-    """A tensor's name in a file -> its names here: one, none for those of the heads, three for the fused qkv."""
+    """A tensor's name in a file -> its names here: one, none if it is a head's, three for a fused qkv."""
     key = key.removeprefix("hiera.")
     if key.startswith(HEADS):
         return []
     for theirs, ours in RENAMES:
         key = key.replace(theirs, ours)
-    # blocks are counted anew in each stage there, and through all stages here
-    key = re.sub(r"^encoder\.stages\.(\d+)\.layers\.(\d+)", lambda m: f"blocks.{sum(depths[:int(m[1])]) + int(m[2])}", key)
+
+    def number(match):  # the hub counts blocks anew in each stage, we count them through
+        stage, layer = int(match[1]), int(match[2])
+        return f"blocks.{sum(depths[:stage]) + layer}"
+
+    key = re.sub(r"^encoder\.stages\.(\d+)\.layers\.(\d+)", number, key)
     return [key.replace("attn.qkv", f"attn.{x}") for x in "qkv"] if "attn.qkv" in key else [key]
+
+
+if __name__ == "__main__":
+    hiera = Hiera(HieraConfig(embed_dim=16, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), image_size=(96, 96)))
+    places = order_by_unit(torch.arange(576).view(1, 576, 1), hiera.config.units).flatten().argsort()
+    print(f"96 x 96 pixels, 24 x 24 patches; their order begins\n{places.view(24, 24)[:4, :12].numpy()}")
+    with torch.no_grad():
+        x = torch.rand(1, 576, 16)
+        for number, block in enumerate(hiera.blocks):
+            before, x = x, block(x)
+            reach = "the whole photo" if block.attn.S == before.shape[1] else "its mask unit"
+            print(f"block {number}: {tuple(before.shape)} -> {tuple(x.shape)}, a token attends to {reach}")

@@ -1,28 +1,25 @@
-"""The LLaMA-3.1 decoder, from token embeddings to hidden states, and the strict loader of published weights.
+"""The LLaMA-3.1 decoder: from token embeddings to hidden states (paper, section 3.1, equation 4).
 
-Follows "The Llama 3 Herd of Models" and the layout of the Hugging Face hub: config.json, one or many *.safetensors. The same
-code runs every Llama-shaped model of the paper's Table 4: Llama-3.1-8B, Llama-3.2-1B, Mistral-7B-v0.3, Vicuna-7B-v1.5.
+Follows "The Llama 3 Herd of Models" and the layout of the Hugging Face hub: config.json, *.safetensors. The
+same code runs every Llama-shaped model of the paper's Table 4: Llama-3.1-8B, Llama-3.2-1B, Mistral-7B-v0.3
+and Vicuna-7B-v1.5.
 
     x -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> lm_head
 
-Letters in shape comments: B rows, T new positions, S positions seen (cached + new), D width, H query heads, G key/value
-heads, d width of a head.
+Letters in shape comments: B rows, T new positions, S positions seen (cached and new), D width, H query heads,
+G key/value heads, d width of a head. `python llama.py` shows the shapes of a small one.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-class InputError(Exception):
-    """Something the user can mend: a one-line message that says what, where and what to do. Programs exit with code 2."""
+from common import InputError, load_weights, read_json
 
 
 @dataclass(frozen=True)
@@ -44,44 +41,53 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, path):
+        """Reads a config.json of the hub. InputError if the model is not Llama-shaped."""
         raw = read_json(path, dict)
         if raw.get("model_type") not in ("llama", "mistral") or raw.get("sliding_window"):
-            raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not a Llama-shaped model without sliding window")
+            raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not a Llama-shaped model "
+                             "without sliding window")
         # newer files keep everything about RoPE in rope_parameters, older ones in rope_theta and rope_scaling
         rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {}),
                 **(raw.get("rope_parameters") or {})}
         if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
-            raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only default and llama3")
+            raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, "
+                             "only default and llama3")
         known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None}
-        needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+        needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                  "num_attention_heads"}
         if rope["rope_type"] == "llama3":
             needed |= cls().rope.keys()
         if missing := needed - known.keys() - rope.keys():
             raise InputError(f"{path}: {min(missing)} is missing")
         known.setdefault("num_key_value_heads", raw["num_attention_heads"])
         known.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-        return cls(**{"tie_word_embeddings": False, **known, "rope": rope})
+        return cls(**{**known, "rope": rope})
 
 
 def rope_frequencies(config, device=None):
-    """Radians per position of each pair of dimensions: (d/2,), fp32.
+    """How far RoPE turns each pair of dimensions from one position to the next: (d/2,), radians, fp32.
 
-    Llama 3.1 was trained on 8,192 positions and stretched to 131,072: waves longer than original/low_freq_factor positions are
-    slowed by `factor`, waves shorter than original/high_freq_factor stay, those between are blended.
+    Llama 3.1 was trained on 8,192 positions and then stretched to 131,072. Pairs that turn fewer than
+    low_freq_factor times within the original 8,192 positions are slowed down by `factor`; pairs that turn
+    more than high_freq_factor times stay as they are; those between are blended.
     """
     r, d = config.rope, config.head_dim
     freq = 1 / r["rope_theta"] ** (torch.arange(0, d, 2, device=device).float() / d)
     if r["rope_type"] == "llama3":
-        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the original context
+        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)
         keep = ((turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / r["factor"]
     return freq
 
 
 def rotate(x, cos, sin):
-    """Applies RoPE. x (B, heads, T, d); cos, sin (B or 1, 1, T, d/2).
+    """Turns queries or keys by their positions' angles. x (B, heads, T, d); cos, sin (B or 1, 1, T, d/2).
 
-    Dimension i is paired with i + d/2: the hub's weights are stored for this order, Meta's own files for (2i, 2i + 1).
+    Which two dimensions form a pair is a convention of the weights. The hub's weights, and this code, pair
+    dimension i with i + d/2; Meta's own files pair neighbours:
+
+        hub   a0 a1 a2 a3 | b0 b1 b2 b3      (a0, b0) is one pair, (a1, b1) the next
+        Meta  a0 b0 a1 b1   a2 b2 a3 b3
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -98,7 +104,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share G key/value heads, which makes the cache H/G times smaller."""
+    """Grouped-query attention: H/G query heads share a key/value head, so the cache is H/G times smaller."""
 
     def __init__(self, c):
         super().__init__()
@@ -110,15 +116,19 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, past):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.d).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).view(B, T, -1, self.d).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, G, T, d)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)  # (B, G, S, d)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)
 
 
 class MLP(nn.Module):
+    """SwiGLU: the gate decides, dimension by dimension, how much of `up` passes."""
+
     def __init__(self, c):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -138,13 +148,13 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, mask, past, unpadded=None):
-        attended, kv = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+        attended, keys_and_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         x = x + attended
         if unpadded is None:
-            return x + self.mlp(self.post_attention_layernorm(x)), kv
-        flat = x.flatten(0, 1)  # (B * T, D), the same memory
+            return x + self.mlp(self.post_attention_layernorm(x)), keys_and_values
+        flat = x.flatten(0, 1)  # (B * T, D)
         flat[unpadded] += self.mlp(self.post_attention_layernorm(flat[unpadded]))
-        return x, kv
+        return flat.view(x.shape), keys_and_values
 
 
 class Llama(nn.Module):
@@ -159,29 +169,33 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.checkpoint_activations = False  # keep a block's input only and compute the rest again in the backward pass
+        self.checkpoint_activations = False  # keep block inputs alone, recompute the rest in the backward
 
-    def forward(self, x, positions=None, mask=None, past=None, unpadded=None):
-        """x (B, T, D) embeddings -> hidden states (B, T, D) and the cache, a list of (k, v) per layer, each (B, G, S, d).
+    def forward(self, x, positions=None, mask=None, cache=None, unpadded=None):
+        """Embeddings x (B, T, D) -> hidden states (B, T, D).
 
-        positions (B, T), by default 0..T-1; mask (B, 1, T, S), true where a query may look. Without a mask attention is
-        causal, which is right only without a cache: SDPA's is_causal lines up the first query with the first key.
-        unpadded: indices into B * T of all that is not padding; the MLPs, four fifths of the work, then skip the rest.
-        lm_head is left to the caller, since logits are wanted at few positions and cost a vocabulary each.
+        positions (B, T), by default 0 ... T-1. mask (B, 1, T, S), True where a query may look; by default
+        attention is causal. cache: {layer: (keys, values)}, each (B, G, S, d), empty at first; every call
+        appends to it. Once it holds something, positions and mask must be given, since SDPA would line up the
+        first query with the first key. unpadded: which of the B * T positions, counted row by row, are not
+        padding; the MLPs, four fifths of the work, skip the others.
+
+        The vocabulary's logits are lm_head(hidden), left to the caller: they are wanted at few positions, and
+        each costs a product with the whole vocabulary.
         """
         x = x.to(self.norm.weight.dtype)  # embeddings that train are fp32
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (B, 1, T, d/2), fp32
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        cache = []
         for i, layer in enumerate(self.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled() and not past:
-                x, kv = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
+            if cache is not None:  # replaced layer by layer, so that no more than one layer is held twice
+                x, cache[i] = layer(x, cos, sin, mask, cache.get(i), unpadded)
+            elif self.checkpoint_activations and torch.is_grad_enabled():
+                x, _ = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
             else:
-                x, kv = layer(x, cos, sin, mask, past[i] if past else None, unpadded)
-            cache.append(kv)
-        return self.norm(x), cache
+                x, _ = layer(x, cos, sin, mask, None, unpadded)
+        return self.norm(x)
 
     @classmethod
     def load(cls, directory, dtype=torch.float32, device="cpu"):
@@ -189,58 +203,26 @@ class Llama(nn.Module):
         config = LlamaConfig.from_json(Path(directory) / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        skip = ("rotary_emb.inv_freq", "lm_head.weight") if config.tie_word_embeddings else ("rotary_emb.inv_freq",)
-        load_weights(model, directory, lambda key: [] if key.endswith(skip) else [key.removeprefix("model.")], dtype, device)
+        unused = ["rotary_emb.inv_freq"]  # in old files; it follows from the config
+        if config.tie_word_embeddings:
+            unused.append("lm_head.weight")
+
+        def rename(key):
+            return [] if key.endswith(tuple(unused)) else [key.removeprefix("model.")]
+        load_weights(model, directory, rename, dtype, device)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model
 
 
-def read_json(path, kind=object):
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, kind):
-            raise ValueError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
-        return content
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
-
-
-def load_weights(model, directory, rename, dtype, device):
-    """Fills `model`, built on the meta device, from the safetensors of a hub-style directory. Strict: each tensor exactly once.
-
-    rename(key) gives the model's names for a file's tensor: none (not needed), one, or several (fused rows, cut in equal parts).
-    Each tensor goes to its device and type before the next is read, so host memory never holds more than one shard beyond the model.
-    """
-    directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted(set(read_json(index, dict).get("weight_map", {}).values()))
-        if not shards:
-            raise InputError(f"{index}: has no weight_map; download it again")
-    elif (directory / "model.safetensors").exists():
-        shards = ["model.safetensors"]
-    else:
-        raise InputError(f"{directory}: neither model.safetensors nor model.safetensors.index.json; download the weights there")
-    wanted = dict(model.named_parameters())
-    loaded = {}
-    for shard in shards:
-        path = directory / shard
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for key in file.keys():
-                    names = rename(key)
-                    for name, part in zip(names, file.get_tensor(key).chunk(max(len(names), 1))):
-                        if name not in wanted or name in loaded:
-                            raise InputError(f"{path}: unexpected tensor {key}; is config.json the one of these weights?")
-                        if part.shape != wanted[name].shape:
-                            raise InputError(f"{path}: {key} has shape {tuple(part.shape)}, config.json asks for "
-                                             f"{tuple(wanted[name].shape)}")
-                        loaded[name] = part.to(dtype)
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{path}: missing, damaged or truncated ({e}); download it again") from None
-    if missing := wanted.keys() - loaded.keys():
-        raise InputError(f"{index if index.exists() else path}: {len(missing)} tensors are missing, e.g. {min(missing)}")
-    model.load_state_dict(loaded, strict=False, assign=True)  # strict by the checks above, which know of tied weights
+if __name__ == "__main__":
+    llama = Llama.load(Path(__file__).parent / "assets/toy/llm")
+    print(f"{sum(p.numel() for p in llama.parameters()):,} parameters")
+    with torch.no_grad():
+        cache, tokens = {}, torch.tensor([[1, 20, 30]])
+        hidden = llama(llama.embed_tokens(tokens), cache=cache)
+        print(f"tokens {tuple(tokens.shape)} -> hidden states {tuple(hidden.shape)} "
+              f"-> logits {tuple(llama.lm_head(hidden).shape)}")
+        print(f"cached in each of {len(cache)} layers: keys and values {tuple(cache[0][0].shape)}")
+        print(f"RoPE turns the first pair by {rope_frequencies(llama.config)[0]:.3f} rad a position, "
+              f"the last by {rope_frequencies(llama.config)[-1]:.6f}")

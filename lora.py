@@ -1,9 +1,11 @@
-"""LoRA: low-rank adapters on frozen linear layers (Hu et al., 2022), the only change CapeLLM makes to its two networks.
+"""LoRA: low-rank adapters on frozen linear layers (Hu et al., 2022), the only change inside the two networks.
 
-    y = W x + scale * B (A dropout(x))        W (out, in) frozen, A (rank, in), B (out, rank), scale = alpha / rank
+    y = W x + scale * B (A dropout(x))        W (out, in) frozen; A (rank, in) and B (out, rank) train
+                                              scale = alpha / rank
 
-A starts at random and B at zero, so a freshly adapted network computes exactly what it did before. The paper (section 4.2)
-uses rank 8 on the query and value projections of every attention layer.
+A starts at random and B at zero, so a freshly adapted network computes exactly what it did before. The paper
+(section 4.2) uses rank 8 on the query and value projections of every attention layer. `python lora.py`
+counts.
 """
 
 import math
@@ -27,13 +29,14 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)  # cast the small matrices down, never the activations up
+        # cast the two small matrices down, never the activations up
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B)
         return self.base(x) + self.scale * update
 
 
 def add_lora(network, names, **lora_args):
-    """Puts a LoRALinear around every nn.Linear of `network` whose own name is in `names`, e.g. ("q_proj", "v_proj")."""
+    """Wraps a LoRALinear around each nn.Linear of `network` whose name is one of `names`, e.g. ("q", "v")."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if name in names and isinstance(child, nn.Linear):
@@ -41,19 +44,32 @@ def add_lora(network, names, **lora_args):
 
 
 def trainable_state(model):
-    """{name: tensor} of the parameters that train: all a checkpoint needs, since the rest is the published weights."""
+    """{name: tensor} of what trains. A checkpoint needs no more, since the rest is the published weights."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def load_trainable_state(model, state):
-    """Copies what trainable_state() gave into a model built the same way. ValueError names what differs."""
+    """Copies what trainable_state() gave into a model built the same way. ValueError says what differs."""
     own = trainable_state(model)
     for problem, names in ("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys()):
         if names:
             raise ValueError(f"the checkpoint {problem} {len(names)} trained tensors, e.g. {min(names)}")
     for name, parameter in own.items():
         if parameter.shape != state[name].shape:
-            raise ValueError(f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} here")
+            raise ValueError(
+                f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} here")
     for name, parameter in own.items():
         parameter.copy_(state[name])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    layer = nn.Linear(4096, 4096, bias=False)  # q_proj of Llama-3.1-8B
+    adapted, x = LoRALinear(layer), torch.ones(1, 4096)
+    trained, total = adapted.lora_A.numel() + adapted.lora_B.numel(), layer.weight.numel()
+    print(f"rank 8 beside 4096 x 4096: {trained:,} parameters train, {trained / total:.2%} of {total:,}")
+    print(f"B = 0: the output is {'the same' if torch.equal(adapted(x), layer(x)) else 'different'}")
+    nn.init.ones_(adapted.lora_B)
+    print(f"B = 1: it moves by scale * sum(A x) = {adapted.scale * adapted.lora_A.sum():.3f} "
+          f"= {(adapted.eval()(x) - layer(x))[0, 0]:.3f}")

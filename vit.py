@@ -1,12 +1,16 @@
-"""DINOv2: the vision transformer that is CapeLLM's eye (Oquab et al., 2024; with registers: Darcet et al., 2024).
+"""DINOv2, the vision transformer that is CapeLLM's eye (paper, section 3.1, equation 1).
 
-    photo (224 x 224) -> 16 x 16 patches -> [class token, (registers,) patches] + positions
-                      -> [ x + ls1 * attention(norm1(x)) -> x + ls2 * mlp(norm2(x)) ] * n_layers -> norm -> the patch tokens
+Oquab et al., 2024; with registers: Darcet et al., 2024. It reads the hub's files (facebook/dinov2-large and
+its sisters) and files with the names of the original release.
 
-Reads the hub's files (facebook/dinov2-large and its sisters) and files with the names of the original release. q, k and v are
-separate layers here, since LoRA goes on q and v. Letters: B photos, N patches, T tokens, D width, H heads.
+    photo (224 x 224) -> a grid of 16 x 16 patches -> [class token, patches] + positions, then registers
+        -> [ x + ls1 * attention(norm1(x)) -> x + ls2 * mlp(norm2(x)) ] * n_layers -> norm -> the patch tokens
+
+q, k and v are separate layers here, since LoRA goes on q and v. Letters: B photos, N patches, T tokens (class
+token, registers and patches), D width, H heads. `python vit.py` shows the shapes of a small one.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama import InputError, load_weights, read_json
+from common import InputError, load_weights, read_json
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class ViTConfig:
     def from_json(cls, path):
         raw = read_json(path, dict)
         if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
-            raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 or dinov2_with_registers")
+            raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 "
+                             "or dinov2_with_registers")
         return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
 
 
@@ -46,8 +51,10 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, H, T, D/H) -> (B, T, D)
+        q, k, v = (layer(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
+                   for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -61,7 +68,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The MLP of ViT-g: two thirds of the usual width, rounded up to a multiple of 8, since it has three matrices."""
+    """The MLP of ViT-g. It has three matrices, so its width is two thirds of the usual, in multiples of 8."""
 
     def __init__(self, c):
         super().__init__()
@@ -109,17 +116,20 @@ class ViT(nn.Module):
         D, p = config.hidden_size, config.patch_size
         self.patch_embed = nn.Conv2d(3, D, kernel_size=p, stride=p)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, D)) if config.num_register_tokens else None
+        self.register_tokens = None
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // p) ** 2, D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
 
     def forward(self, images):
-        """Normalised photos (B, 3, h, w), h and w multiples of the patch -> patch tokens (B, N, D), row by row."""
+        """Normalised photos (B, 3, h, w), multiples of the patch -> patch tokens (B, N, D), row by row."""
+        B = len(images)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat((self.cls_token.expand(len(images), -1, -1), patches), dim=1) + self.pos_embed  # (B, 1 + N, D)
+        x = torch.cat((self.cls_token.expand(B, -1, -1), patches), dim=1) + self.pos_embed  # (B, 1 + N, D)
         if self.register_tokens is not None:  # they have no position
-            x = torch.cat((x[:, :1], self.register_tokens.expand(len(images), -1, -1), x[:, 1:]), dim=1)
+            x = torch.cat((x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]), dim=1)  # (B, T, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 1 + self.config.num_register_tokens:]
@@ -130,12 +140,13 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def resize_positions(self, image_size):
-        """Fits the position table, learned for config.image_size pixels (518: 37 x 37 patches), to photos of another size.
+        """Fits the position table, learned for 518 pixels (37 x 37 patches), to photos of another size.
 
-        Kept as the original release does it, to which the weights were evaluated: bicubic, with a scale factor of (n + 0.1) / 37
-        (an old guard against a rounding error of floor) and no antialiasing; models with registers use size and antialiasing.
+        As in the original release: bicubic, without antialiasing, by a factor of (n + 0.1) / 37. The 0.1 once
+        guarded against a rounding error; without it, as in Transformers, image tokens move by up to 0.02.
+        Models with registers are resized to n x n with antialiasing.
         """
-        old, new = self.config.image_size // self.config.patch_size, image_size // self.config.patch_size
+        old, new = math.isqrt(self.n_patches), image_size // self.config.patch_size
         if old == new:
             return
         cls, table = self.pos_embed[:, :1], self.pos_embed[:, 1:]
@@ -152,7 +163,8 @@ class ViT(nn.Module):
         """Reads DIR/config.json and DIR/model.safetensors. InputError names the file and tensor at fault."""
         config = ViTConfig.from_json(Path(directory) / "config.json")
         if image_size % config.patch_size:
-            raise InputError(f"image size {image_size} is not a multiple of the patch size {config.patch_size} of {directory}")
+            raise InputError(f"image size {image_size} is not a multiple of the patch size "
+                             f"{config.patch_size} of {directory}")
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, directory, rename, dtype, device)
@@ -160,20 +172,40 @@ class ViT(nn.Module):
         return model
 
 
-# The hub's names -> the original release's, applied in this order.
+# The hub's names -> the original release's, replaced one after another in this order.
 RENAMES = [
-    ("embeddings.patch_embeddings.projection.", "patch_embed."), ("embeddings.position_embeddings", "pos_embed"), ("embeddings.", ""),
-    ("encoder.layer.", "blocks."), ("attention.attention.query", "attn.q"), ("attention.attention.key", "attn.k"),
-    ("attention.attention.value", "attn.v"), ("attention.output.dense", "attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"),
-    ("layer_scale2.lambda1", "ls2.gamma"), ("mlp.weights_in", "mlp.w12"), ("mlp.weights_out", "mlp.w3"), ("layernorm.", "norm."),
+    ("embeddings.patch_embeddings.projection.", "patch_embed."),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.", ""),
+    ("encoder.layer.", "blocks."),
+    ("attention.attention.query", "attn.q"),
+    ("attention.attention.key", "attn.k"),
+    ("attention.attention.value", "attn.v"),
+    ("attention.output.dense", "attn.proj"),
+    ("layer_scale1.lambda1", "ls1.gamma"),
+    ("layer_scale2.lambda1", "ls2.gamma"),
+    ("mlp.weights_in", "mlp.w12"),
+    ("mlp.weights_out", "mlp.w3"),
+    ("layernorm.", "norm."),
     ("patch_embed.proj.", "patch_embed."),
 ]
 
 
 def rename(key):
-    """A tensor's name in a file -> its names here: one, none for the unused mask token, three for the fused qkv."""
+    """A tensor's name in a file -> its names here: none for the mask token, three for a fused qkv."""
     for theirs, ours in RENAMES:
         key = key.replace(theirs, ours)
     if key == "mask_token":
         return []
     return [key.replace("attn.qkv", f"attn.{x}") for x in "qkv"] if "attn.qkv" in key else [key]
+
+
+if __name__ == "__main__":
+    vit = ViT.load(Path(__file__).parent / "assets/toy/vit", image_size=112)
+    print(f"{sum(p.numel() for p in vit.parameters()):,} parameters")
+    with torch.no_grad():
+        patches, tokens = vit.patch_embed(torch.zeros(1, 3, 112, 112)), vit(torch.zeros(1, 3, 112, 112))
+    print(f"photo (1, 3, 112, 112) -> patches {tuple(patches.shape)} -> patch tokens {tuple(tokens.shape)}")
+    print(f"a patch of 14 x 14 x 3 = {14 * 14 * 3} numbers becomes {patches.shape[1]}")
+    vit.resize_positions(224)
+    print(f"for photos of 224 pixels the position table grows to {tuple(vit.pos_embed.shape)}")

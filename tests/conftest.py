@@ -1,19 +1,35 @@
-"""Shared by all tests: the top-level modules on the path, and the folder of reference data."""
+"""What several test files share: the reference data, tiny networks, and tokenizers of four kinds."""
 
 import json
 import os
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
+from safetensors.torch import save_file
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from chat import IGNORE, Chat  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+from vit import ViT, ViTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # faster for tiny networks than two that wait for each other
+SPACE = "\u2581"  # SentencePiece's letter for a space
+LLAMA3_IDS = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "vocab_size": 128256}
 
 
 @pytest.fixture(scope="session")
@@ -25,62 +41,115 @@ def shared():
     return folder.resolve()
 
 
+# --------------------------------------------------------------------------------------------------- networks
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with untrained backbones of a few thousand weights in the hub's layout: vit/ (4 x 4 patches) and llm/, whose
-    tokenizer was made from descriptions.json and spells digits one by one."""
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Untrained backbones of a few thousand weights in the hub's layout.
 
-    from llama import Llama, LlamaConfig
-    from vit import ViT, ViTConfig
-
+    vit/ sees 4 x 4 patches. llm/ has a tokenizer made from descriptions.json, which spells digits one by one.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([(ROOT / "descriptions.json").read_text()], trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    vit_config = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56)
-    llm_config = dict(vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2)
-    for name, network, config in (("vit", ViT(ViTConfig(**vit_config)), {"model_type": "dinov2", **vit_config}),
-                                  ("llm", Llama(LlamaConfig(**llm_config, head_dim=8, rope={"rope_theta": 1e4, "rope_type": "default"})),
-                                   {"model_type": "llama", **llm_config, "bos_token_id": 0, "eos_token_id": 1})):
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        save_file(network.state_dict(), folder / name / "model.safetensors")
-    tokenizer.save(str(folder / "llm" / "tokenizer.json"))
+    vit = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+    save_network(folder / "vit", ViT(ViTConfig(**vit)), {"model_type": "dinov2", **vit})
+    llm = dict(vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+               num_attention_heads=4, num_key_value_heads=2)
+    rope = {"rope_theta": 1e4, "rope_type": "default"}
+    save_network(folder / "llm", Llama(LlamaConfig(**llm, head_dim=8, rope=rope)),
+                 {"model_type": "llama", **llm, "bos_token_id": 0, "eos_token_id": 1})
+    byte_pairs().save(str(folder / "llm" / "tokenizer.json"))
     return folder
 
 
-def sentencepiece(*fused):
-    """As Llama-2's: a space is "\u2581", one is put before any text, digits stand alone but for those fused, bytes for unknown letters."""
-    merges, characters = [("\u2581", "["), ("\u2581", "U"), *fused], map(chr, range(33, 127))
-    vocabulary = ["<s>", "</s>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", *characters, *map("".join, merges)]
-    t = Tokenizer(models.BPE({t: i for i, t in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True))
-    t.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+def save_network(folder, network, config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(network.state_dict(), folder / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------- tokenizers
+
+
+def byte_pairs():
+    """Byte pairs as Llama-3's, but with single digits and of 2,000 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=["<bos>", "<eos>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([(ROOT / "descriptions.json").read_text()], trainer)
+    return tokenizer
+
+
+def sentencepiece(name):
+    """Byte pairs over whole texts, whose spaces are letters, and bytes for what the vocabulary lacks.
+
+    name: "vicuna" (as Llama-2), "mistral first" or "mistral always" (which texts get a space before them).
+    Those spell digits one by one; "pairs" cuts numbers into two and one, and "lumps" joins only 00 and 123.
+    Tokens such as "]U" join what the pieces of a conversation keep apart.
+    """
+    special = ["<unk>", "<s>", "</s>"]
+    if name.startswith("mistral"):
+        special += ["[INST]", "[/INST]", *(f"[control_{n}]" for n in range(8, 774))]
+    spaced = [SPACE + word for word in "[ User where is the left ear begins".split()]
+    numbers = {"pairs": [f"{n:02d}" for n in range(100)], "lumps": ["00", "123"]}.get(name, [])
+    words = ["]U", "],", ":[", *spaced, "User", "Reference", "Assistant", *numbers]
+    merges = [pair for word in words for pair in zip(accumulate(word), word[1:])]  # letter by letter
+    merges = list(dict.fromkeys(merges))
+    letters = [*(f"<0x{b:02X}>" for b in range(256)), SPACE, *map(chr, range(33, 127))]
+    tokens = dict.fromkeys([*special, *letters, *map("".join, merges)])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+
+    t = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if name.startswith("mistral"):
+        t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=name.split()[1], split=False)
+    else:
+        t.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    if name == "pairs":
+        t.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
+    t.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
+                                   decoders.Strip(" ", 1, 0)])
+    t.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    t.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return t.to_str()
 
 
-@pytest.fixture(scope="session", params=["llama3", "tiny", "llama2", "lumps"])
-def chat(request, tmp_path_factory):
-    """The same code with Llama-3's own tokenizer, byte pairs with single digits, SentencePiece, and one that fuses some numbers."""
-    folder, (bos, eos) = tmp_path_factory.mktemp("chat"), (128000, 128001) if request.param == "llama3" else (0, [1, 2])
-    owner, name = {"llama3": ("shared", "llama3_tokenizer"), "tiny": ("tiny", "llm")}.get(request.param, (None, None))
-    made = sentencepiece(*[("0", "0"), ("1", "2"), ("12", "3")] * (request.param == "lumps"))
-    (folder / "tokenizer.json").write_text((request.getfixturevalue(owner) / name / "tokenizer.json").read_text() if owner else made)
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": eos, "vocab_size": 128256}))
+def make_chat(folder, tokenizer, bos_token_id, eos_token_id, vocab_size=128256):
+    """The Chat of an LLM's folder with this tokenizer.json. chat.folder is the folder."""
+    (folder / "tokenizer.json").write_text(tokenizer)
+    config = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "vocab_size": vocab_size}
+    (folder / "config.json").write_text(json.dumps(config))
     chat = Chat(folder)
     chat.folder = folder
-    chat.choices = {"llama3": 2, "lumps": 0}.get(request.param, 6)  # of an answer: x and y, or their digits; 0: no template holds
     return chat
 
 
-def runs(ids, labels):
-    """A sequence cut where supervision begins and ends: lists of ids, unsupervised and supervised in turn."""
-    assert len(ids) == len(labels) and all(label in (IGNORE, id) for id, label in zip(ids, labels))
-    edges = [0, *(i for i in range(1, len(ids)) if (labels[i] == IGNORE) != (labels[i - 1] == IGNORE)), len(ids)]
-    return [ids[a:b] for a, b in zip(edges, edges[1:])]
+@pytest.fixture(scope="session", params=["llama3", "tiny", "vicuna", "lumps"])
+def chat(request, tmp_path_factory):
+    """Llama-3's own tokenizer, byte pairs with single digits, SentencePiece, and one that joins some digits.
+
+    chat.choices is what an answer leaves to choose: x and y, or their digits; 0 if no format holds for all.
+    """
+    name, folder = request.param, tmp_path_factory.mktemp("chat")
+    if name == "llama3":
+        tokenizer = request.getfixturevalue("shared") / "llama3_tokenizer" / "tokenizer.json"
+        chat = make_chat(folder, tokenizer.read_text(), **LLAMA3_IDS)
+    elif name == "tiny":
+        tokenizer = request.getfixturevalue("tiny") / "llm" / "tokenizer.json"
+        chat = make_chat(folder, tokenizer.read_text(), 0, 1)
+    else:
+        chat = make_chat(folder, sentencepiece(name), 1, [2, 0])
+    chat.choices = {"llama3": 2, "tiny": 6, "vicuna": 6, "lumps": 0}[name]
+    return chat
+
+
+def runs(tokens, labels):
+    """A sequence cut where supervision begins and ends: token lists, unsupervised and supervised in turn."""
+    assert len(tokens) == len(labels)
+    assert all(label in (IGNORE, token) for token, label in zip(tokens, labels))
+    learned = [label != IGNORE for label in labels]
+    edges = [i for i in range(1, len(tokens)) if learned[i] != learned[i - 1]]
+    return [tokens[start:end] for start, end in zip([0, *edges], [*edges, len(tokens)])]

@@ -19,11 +19,14 @@ def test_it_prints_every_contest(capsys, monkeypatch):
         for run in runners.values():
             run()
         return dict.fromkeys(runners, [1.0])
+
     monkeypatch.setattr(bench, "race", once)
     monkeypatch.setattr(bench, "peak_memory", lambda run, *job: (1.0, 0.5))
     bench.main(["--size", "tiny"])
-    printed = capsys.readouterr().out
-    assert printed.count(bench.OURS + " " * 20) == 1 + 3 + 2 and printed.count(bench.PUBLISHED) == 3
+    ways = [line[2:44].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert ways.count(bench.OURS) == 1 + 3 + 2  # training, answering, cropping
+    assert ways.count(bench.PEFT) == 1
+    assert ways.count(bench.PLAIN) == ways.count(bench.PUBLISHED) == ways.count(bench.USED_WELL) == 3
 
 
 def test_contestants_agree(model):
@@ -31,13 +34,39 @@ def test_contestants_agree(model):
     bench.training_table(model, "tiny", [2], exact=True, timed=False)
 
 
-@pytest.mark.parametrize("way", [bench.STRUCK, bench.PUBLISHED, bench.WELL])
+def test_the_plain_loop_takes_a_pass_a_token(model):
+    """Ours: one for the photo, two for the answers. The plain loop: these, and one for each of 8 tokens."""
+    passes = []
+    model.llama.norm.register_forward_hook(lambda *_: passes.append(1))
+    runners, _ = bench.answering(model, 1, 4)
+    for way, expected in (bench.OURS, 3), (bench.PLAIN, 3 + 8):
+        passes.clear()
+        runners[way]()
+        assert len(passes) == expected
+
+
+def test_the_published_way_sees_the_photo_again_for_every_token(model):
+    """15 questions at a time: 13 times for the first 15, 13 times for the other two."""
+    looks = []
+    bench.Twin(model).vit.register_forward_hook(lambda module, args, out: looks.append(len(args[0])))
+    runners, _ = bench.answering(model, 1, 17)
+    runners[bench.PUBLISHED]()
+    assert looks == 13 * [15] + 13 * [2]
+    looks.clear()
+    runners[bench.USED_WELL]()
+    assert looks == [1]
+
+
+@pytest.mark.parametrize("way", [bench.PLAIN, bench.PUBLISHED, bench.USED_WELL])
 def test_another_answer_is_noticed(model, monkeypatch, way):
     """One wrong token in one answer of one contestant."""
-    def wrong(asked, *args, answer=bench.answer):
+    answer = bench.answer
+
+    def wrong(asked, *args):
         tokens = answer(asked, *args)
         tokens[-1][-1] += asked == way
         return tokens
+
     monkeypatch.setattr(bench, "answer", wrong)
     with pytest.raises(AssertionError, match=f"{way}: .* of the tokens are equal"):
         bench.answers_table(model, "tiny", [(1, 4)], exact=True, timed=False)

@@ -1,8 +1,11 @@
-"""data.py: MP-100's own annotations, crops of drawn photos, epochs, bad input."""
+"""data.py: MP-100's own annotations, crops of drawn photos, epochs, training sequences, bad input."""
 
 import gzip
+import itertools
 import json
 import math
+import re
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -13,243 +16,650 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 import data
-from chat import IGNORE, Chat
-from data import Category, Crop, Object, TrainingSet, collate, crop_of, plan_epoch, read_descriptions, read_objects
-from llama import InputError
+from chat import IGNORE, Category, Chat
+from common import InputError
+from data import Crop, Example, Instance, TrainingSet, collate, crop_of, plan_epoch, read_instances
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-CUP = Category("cup", [("rim", "where one drinks."), ("foot", "below (or under) it"), ("left ear", "its handle"), ("heart", "inside")])
-CATEGORIES = {1: CUP, 2: Category("plate", [("rim", "all around")])}
+
+CUP = Category("cup", [("rim", "where one drinks."), ("foot", "below (or under) it"),
+                       ("left ear", "its handle"), ("heart", "inside")])
+PLATE = Category("plate", [("rim", "all around")])
+CATEGORIES = {1: CUP, 2: PLATE}
+
+
+def cups(n):
+    """Instances with the keypoints of CUP, in boxes of 100 x 90 pixels.
+
+    Keypoints 0, 1 and 3 are near the centre, but 1 is hidden in every second instance. Keypoint 2 lies in the
+    largest crops only.
+    """
+    points = np.random.default_rng(0).uniform(35, 65, (n, 4, 2))
+    points[:, 2] = 112, 50
+    return [Instance(i, 1, "cup.png", (0, 0, 100, 90), points[i], np.array([True, i % 2 == 0, True, True]))
+            for i in range(n)]
+
+
+# ----------------------------------------------------------------------------------------------- annotations
+
+Split = namedtuple("Split", "photos annotations instances")  # photos and annotations as in the file, by id
 
 
 @pytest.fixture(scope="module")
 def benchmark(shared, tmp_path_factory):
-    """Of MP-100's five test files: (photos by id, annotations by id, objects)."""
-    categories, path, files = read_descriptions(ROOT / "descriptions.json"), tmp_path_factory.mktemp("mp100") / "test.json", []
-    for split in range(1, 6):
-        path.write_bytes(gzip.decompress((shared / "mp100" / "annotations" / f"mp100_split{split}_test.json.gz").read_bytes()))
+    """MP-100's five test files: a list of Splits."""
+    categories = data.read_descriptions(ROOT / "descriptions.json")
+    path, splits = tmp_path_factory.mktemp("mp100") / "test.json", []
+    for number in range(1, 6):
+        packed = shared / f"mp100/annotations/mp100_split{number}_test.json.gz"
+        path.write_bytes(gzip.decompress(packed.read_bytes()))
         raw = json.loads(path.read_text())
-        files.append(({p["id"]: p for p in raw["images"]}, {a["id"]: a for a in raw["annotations"]}, read_objects(path, categories)))
-    return files
+        splits.append(Split({photo["id"]: photo for photo in raw["images"]},
+                            {annotation["id"]: annotation for annotation in raw["annotations"]},
+                            read_instances(path, categories)))
+    return splits
 
 
-def test_benchmark_files_load(benchmark):
-    assert [len(objects) for *_, objects in benchmark] == [2000, 1994, 2000, 1811, 1998]
-    for photos, annotations, objects in benchmark:
-        order = [list(photos).index(annotations[o.id]["image_id"]) for o in objects]
-        assert order == sorted(order) and annotations.keys() - {o.id for o in objects} <= {1800000000001530, 1800000000019879}  # negative
-        for o in objects:
-            a, (x, y, w, h) = annotations[o.id], o.box
-            photo, points = photos[a["image_id"]], np.reshape(a["keypoints"], (-1, 3))
-            assert 0 <= x < x + w < photo["width"] and 0 <= y < y + h < photo["height"] and o.photo == photo["file_name"]
-            assert o.category == a["category_id"] and (o.keypoints == points[:, :2]).all() and (o.visible == (points[:, 2] > 0)).all()
-    objects = {o.id: o for *_, split in benchmark for o in split}  # ids of 64 bits
-    assert objects[7700000001007272].box == pytest.approx((0, 163.2627, 186.4413, 268.5377), abs=1e-4)  # x from -3.178 on
-    assert objects[7700000001007187].box == pytest.approx((858.0322, 595.9045, 295.5098, 632.0955), abs=1e-4)  # the photo is 1229 high
-    assert objects[5100000000040072].visible.tolist() == [k != 6 for k in range(13)]  # point 6 has coordinates, but v=0
-    assert {o.category: len(o.keypoints) for o in objects.values() if o.category in (18, 40)} == {18: 19, 40: 68}  # both called face
+def test_the_benchmarks_files_give_as_many_instances_as_published(benchmark):
+    assert [len(split.instances) for split in benchmark] == [2000, 1994, 2000, 1811, 1998]
+    negative_boxes = {1800000000001530, 1800000000019879}
+    for split in benchmark:
+        kept = {instance.annotation_id for instance in split.instances}
+        assert split.annotations.keys() - kept <= negative_boxes
 
 
-@pytest.mark.parametrize("changes, outcome", [
-    *((dict(bbox=bbox), box) for bbox, box in (
-        ([10, 20, 30, 40], (10, 20, 29, 39)), ([0, 0, 100, 80], (0, 0, 99, 79)), ([-5, -7, 30, 40], (0, 0, 29, 39)),
-        ([90.5, 70, 30, 40], (90.5, 70, 8.5, 9)), ([10.5, -1, 30.25, 900], (10.5, 0, 29.25, 79)), ([99, 20, 30, 40], None),
-        ([98, 79, 9, 9], None), ([120, 20, 30, 40], None), ([50, 60, -40, -30], None), ([10, 20, 1, 40], None), ([10, 20, 30, 0], None))),
-    (dict(iscrowd=1), None), (dict(area=0), None), (dict(area=-1), None), (dict(keypoints=[0, 0, 0]), None),
-    (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 5 has 2 keypoints, but plate has 1 description"), (dict(keypoints=[1, 2, 2, 3]), ""),
-    (dict(category_id=7), "category 7 has no descriptions"), (dict(bbox=None), ""), (dict(bbox=[1, 2, 3]), ""), (dict(image_id=[]), ""),
-    *((dict(keypoints=[bad, 30, 1]), "annotation 5 .*not a number") for bad in (math.nan, math.inf, None)),
-    *((dict(bbox=[bad if i == j else 9 for i in range(4)]), "annotation 5 .*not a num") for bad in (math.nan, math.inf) for j in range(4))])
-def test_an_annotation_gives_its_clipped_box_or_nothing_or_an_error_that_names_it(tmp_path, changes, outcome):
-    annotation = dict(id=5, image_id=10**15, category_id=2, bbox=[10, 20, 30, 40], area=9, iscrowd=0, keypoints=[20, 30, 1]) | changes
+def test_the_benchmarks_instances_are_in_the_order_of_its_photos(benchmark):
+    for photos, annotations, instances in benchmark:
+        place = {photo_id: i for i, photo_id in enumerate(photos)}
+        order = [place[annotations[instance.annotation_id]["image_id"]] for instance in instances]
+        assert order == sorted(order)
+
+
+def test_the_benchmarks_instances_are_its_annotations_with_boxes_inside_the_photo(benchmark):
+    for photos, annotations, instances in benchmark:
+        for instance in instances:
+            annotation = annotations[instance.annotation_id]
+            photo = photos[annotation["image_id"]]
+            points = np.reshape(annotation["keypoints"], (-1, 3))
+            x, y, w, h = instance.box
+            assert 0 <= x < x + w < photo["width"]
+            assert 0 <= y < y + h < photo["height"]
+            assert instance.photo == photo["file_name"]
+            assert instance.category_id == annotation["category_id"]
+            assert (instance.keypoints == points[:, :2]).all()
+            assert (instance.visible == (points[:, 2] > 0)).all()
+
+
+def test_the_benchmarks_quirks(benchmark):
+    instances = {instance.annotation_id: instance for split in benchmark for instance in split.instances}
+    # its box begins at x = -3.178
+    assert instances[7700000001007272].box == pytest.approx((0, 163.2627, 186.4413, 268.5377), abs=1e-4)
+    # its box ends below the photo, which is 1229 pixels high
+    assert instances[7700000001007187].box == pytest.approx(
+        (858.0322, 595.9045, 295.5098, 632.0955), abs=1e-4)
+    # its point 6 has coordinates, but v = 0
+    assert instances[5100000000040072].visible.tolist() == [k != 6 for k in range(13)]
+    # two categories are called face
+    sizes = {instance.category_id: len(instance.keypoints) for instance in instances.values()}
+    assert (sizes[18], sizes[40]) == (19, 68)
+
+
+def read_one(folder, **changes):
+    """What read_instances() makes of a file with one annotation, a plate on a photo of 100 x 80 pixels.
+
+    A change to None of "area" or "iscrowd" leaves that field out.
+    """
+    annotation = dict(id=5, image_id=10**15, category_id=2, bbox=[10, 20, 30, 40], area=9, iscrowd=0,
+                      keypoints=[20, 30, 1]) | changes
+    for key in "area", "iscrowd":
+        if annotation[key] is None:
+            del annotation[key]
     photo = dict(id=10**15, file_name="plate/1.png", width=100, height=80)
-    (tmp_path / "a.json").write_text(json.dumps({"images": [photo], "annotations": [annotation]}))
-    if isinstance(outcome, str):
-        with pytest.raises(InputError, match=rf"^[^\n]*a\.json: [^\n]*{outcome}[^\n]*$"):
-            read_objects(tmp_path / "a.json", CATEGORIES)
-    else:
-        assert [o.box for o in read_objects(tmp_path / "a.json", CATEGORIES)] == [outcome] * (outcome is not None)
+    (folder / "a.json").write_text(json.dumps({"images": [photo], "annotations": [annotation]}))
+    return read_instances(folder / "a.json", CATEGORIES)
+
+
+@pytest.mark.parametrize("bbox, box", [
+    ([10, 20, 30, 40], (10, 20, 29, 39)),
+    ([0, 0, 100, 80], (0, 0, 99, 79)),
+    ([-5, -7, 30, 40], (0, 0, 29, 39)),
+    ([90.5, 70, 30, 40], (90.5, 70, 8.5, 9)),
+    ([10.5, -1, 30.25, 900], (10.5, 0, 29.25, 79)),
+])
+def test_boxes_are_clipped_to_the_photo(tmp_path, bbox, box):
+    instance, = read_one(tmp_path, bbox=bbox)
+    assert instance.box == box
+
+
+def test_an_instance_is_all_that_its_annotation_says(tmp_path):
+    instance, = read_one(tmp_path, area=None, iscrowd=None)
+    assert (instance.annotation_id, instance.category_id, instance.photo) == (5, 2, "plate/1.png")
+    assert instance.keypoints.tolist() == [[20, 30]]
+    assert instance.visible.tolist() == [True]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(bbox=[99, 20, 30, 40]), dict(bbox=[98, 79, 9, 9]), dict(bbox=[120, 20, 30, 40]),
+    dict(bbox=[50, 60, -40, -30]), dict(bbox=[10, 20, 1, 40]), dict(bbox=[10, 20, 30, 0]),
+    dict(iscrowd=1), dict(area=0), dict(area=-1), dict(keypoints=[0, 0, 0])], ids=str)
+def test_crowds_and_what_is_empty_or_outside_the_photo_are_left_out(tmp_path, changes):
+    assert read_one(tmp_path, **changes) == []
+
+
+NOT_NUMBERS = [
+    *(dict(keypoints=[bad, 30, 1]) for bad in (math.nan, math.inf, None)),
+    *(dict(bbox=[bad if i == j else 9 for i in range(4)]) for bad in (math.nan, math.inf) for j in range(4))]
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 5 has 2 keypoints, but plate has 1 description"),
+    (dict(category_id=7), "category 7 has no descriptions"),
+    *((changes, "annotation 5 .*not a number") for changes in NOT_NUMBERS),
+    *((changes, "") for changes in (dict(keypoints=[1, 2, 2, 3]), dict(bbox=None), dict(bbox=[1, 2, 3]),
+                                    dict(image_id=[]))),
+], ids=str)
+def test_a_malformed_annotation_is_named_in_one_line(tmp_path, changes, says):
+    with pytest.raises(InputError, match=rf"^[^\n]*a\.json: [^\n]*{says}[^\n]*$"):
+        read_one(tmp_path, **changes)
+
+
+# ----------------------------------------------------------------------------------------------------- crops
+
+
+def draw_dot(path, x, y, sigma):
+    """Saves a black photo of 620 x 450 pixels with a blurred bright dot at (x, y)."""
+    xs, ys = np.arange(620) + 0.5, np.arange(450)[:, None] + 0.5  # the pixels' centres
+    light = 255 * np.exp(-((xs - x) ** 2 + (ys - y) ** 2) / (2 * sigma**2))
+    Image.fromarray(light.round().astype(np.uint8)).save(path, quality=97)
+
+
+def find_dot(image):
+    """The centre of what is bright in an image (3, size, size), in pixels."""
+    light = (image[0].double() - 60).clamp(min=0)
+    centres = torch.arange(len(light), dtype=torch.float64) + 0.5
+    return [(light.sum(axis) @ centres / light.sum()).item() for axis in (0, 1)]
 
 
 @settings(quick, max_examples=40)
-@given(format=st.sampled_from(["png", "jpg"]), size=st.sampled_from([32, 56, 97]), side=st.floats(16, 900),
-       angle=st.just(0.0) | st.floats(-math.pi, math.pi), dot=st.tuples(*[st.floats(-0.2, 0.2)] * 4))
-def test_a_bright_dot_is_where_from_photo_says_and_to_photo_leads_back(tmp_path_factory, format, size, side, angle, dot):
-    """In squares small and large, turned clockwise, reaching outside the photo, read at full and at reduced scale."""
-    path, xs, ys = tmp_path_factory.getbasetemp() / f"dot.{format}", np.arange(620) + 0.5, np.arange(450)[:, None] + 0.5  # pixels' centres
-    x, y, (dx, dy), sigma = 310 + 620 * dot[0], 225 + 450 * dot[1], dot[2:], min(max(1.5, side / 25), 28)
-    light = 255 * np.exp(-((xs - x) ** 2 + (ys - y) ** 2) / (2 * sigma**2))
-    Image.fromarray(light.round().astype(np.uint8)).save(path, quality=97)
+@given(suffix=st.sampled_from(["png", "jpg"]), size=st.sampled_from([32, 56, 97]), side=st.floats(16, 900),
+       angle=st.just(0.0) | st.floats(-math.pi, math.pi),
+       in_photo=st.tuples(*[st.floats(-0.2, 0.2)] * 2), in_crop=st.tuples(*[st.floats(-0.2, 0.2)] * 2))
+def test_a_bright_dot_is_where_from_photo_says_and_to_photo_leads_back(
+        tmp_path_factory, suffix, size, side, angle, in_photo, in_crop):
+    """In squares small and large, turned clockwise, reaching outside the photo, at full and reduced scale.
+
+    in_photo and in_crop say how far the dot is from their centres, in fractions of their sizes.
+    """
+    path = tmp_path_factory.getbasetemp() / f"dot.{suffix}"
+    x, y = 310 + 620 * in_photo[0], 225 + 450 * in_photo[1]
+    draw_dot(path, x, y, sigma=min(max(1.5, side / 25), 28))
+    dx, dy = in_crop
     crop = Crop(x - dx * side, y - dy * side, side, angle)
+
     c, s = math.cos(angle), math.sin(angle)  # (c, s) and (-s, c) are the crop's axes in the photo
     expected = 0.5 + dx * c + dy * s, 0.5 - dx * s + dy * c
-    assert (*crop.from_photo(np.array([x, y])), *crop.to_photo(expected)) == pytest.approx((*expected, x, y), abs=1e-6)
-    seen = (crop.cut(path, size)[0].double() - 60).clamp(min=0)
-    found = [(seen.sum(axis) @ (torch.arange(size, dtype=torch.float64) + 0.5) / seen.sum()).item() for axis in (0, 1)]
-    assert found == pytest.approx(np.multiply(expected, size), abs=0.15)  # pixels of the crop; PIL's bicubic alone is off by up to 0.1
+    assert crop.from_photo(np.array([x, y])) == pytest.approx(expected, abs=1e-6)
+    assert crop.to_photo(expected) == pytest.approx((x, y), abs=1e-6)
+    found = find_dot(crop.cut(path, size))
+    # in pixels of the crop; PIL's bicubic alone is off by up to 0.1
+    assert found == pytest.approx(np.multiply(expected, size), abs=0.15)
 
 
-def test_outside_the_photo_is_black_and_a_fine_checkerboard_becomes_grey(tmp_path):
-    Image.new("RGB", (600, 400), "white").save(path := tmp_path / "white.png")
-    quarter = Crop(0, 0, 40).cut(path, 40)
-    assert quarter.dtype == torch.uint8 and quarter[:, 20:, 20:].min() == 255 and quarter.sum() == 3 * 20 * 20 * 255
-    share = [(Crop(300, 200, 780, angle).cut(path, 64) / 255).mean().item() for angle in (0, 0.5, -2)]
-    assert share == pytest.approx([600 * 400 / 780**2] * 3, rel=0.02)
+def test_outside_the_photo_is_black(tmp_path):
+    path = tmp_path / "white.png"
+    Image.new("RGB", (600, 400), "white").save(path)
+    corner = Crop(0, 0, 40).cut(path, 40)
+    assert corner.dtype == torch.uint8
+    assert corner[:, 20:, 20:].min() == 255
+    assert corner.sum() == 3 * 20 * 20 * 255  # nothing else is bright
+    for angle in 0, 0.5, -2:
+        whole = Crop(300, 200, 780, angle).cut(path, 64)
+        assert (whole / 255).mean().item() == pytest.approx(600 * 400 / 780**2, rel=0.02)
+
+
+def test_a_fine_checkerboard_becomes_grey(tmp_path):
+    path = tmp_path / "checkerboard.png"
     Image.fromarray((np.indices((900, 900)).sum(0) % 2 * 255).astype(np.uint8)).save(path)
     for side, angle in (200, 0.0), (200, 0.3), (600, 0.0), (600, 0.3):
         cut = Crop(451, 453, side, angle).cut(path, 64).float()
-        assert abs(cut.mean() - 127.5) < 1 and cut.std() < 3
+        assert abs(cut.mean() - 127.5) < 1
+        assert cut.std() < 3
 
 
-@pytest.mark.parametrize("name", ["RGB.png", "L.png", "L.jpg", "P.png", "RGBA.png", "LA.png", "CMYK.jpg", "I;16.png", "RGB.jpg"])
+NAMES = ["RGB.png", "L.png", "L.jpg", "P.png", "RGBA.png", "LA.png", "CMYK.jpg", "I;16.png", "RGB.jpg"]
+
+
+def save_in_mode(path, mode):
+    """Saves four patches of colour, to be turned when viewed -> how they look as stored: (80, 120, 3)."""
+    colours = np.uint8([[[255, 0, 0], [0, 204, 0]], [[0, 0, 255], [102, 102, 102]]])
+    photo = Image.fromarray(colours.repeat(40, axis=0).repeat(60, axis=1))
+    if mode in ("L", "LA", "I;16"):
+        photo = photo.convert("L")
+    if mode == "I;16":
+        stored = Image.fromarray(np.asarray(photo) * np.uint16(257))
+    else:
+        stored = photo.convert(mode)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    stored.save(path, quality=95, subsampling=0, exif=turned)
+    saved = Image.open(path)
+    assert saved.mode == mode
+    assert saved.getexif()[0x0112] == 6
+    return np.asarray(photo.convert("RGB"), float)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_photos_of_all_modes_are_read_as_stored_and_truncated_ones_named(tmp_path, name):
-    mode, path, tags, crop = name.split(".")[0], tmp_path / name, Image.Exif(), Crop(60, 40, 80)
-    photo = Image.fromarray(np.uint8([[[255, 0, 0], [0, 204, 0]], [[0, 0, 255], [102, 102, 102]]]).repeat(40, axis=0).repeat(60, axis=1))
-    tags[0x0112] = 6  # EXIF: to be turned for viewing
-    photo = photo.convert("L") if mode in ("L", "LA", "I;16") else photo
-    stored = Image.fromarray(np.asarray(photo) * np.uint16(257)) if mode == "I;16" else photo.convert(mode)
-    stored.save(path, quality=95, subsampling=0, exif=tags)
-    assert Image.open(path).mode == mode and Image.open(path).getexif()[0x0112] == 6
-    assert np.abs(crop.cut(path, 80).permute(1, 2, 0).numpy() - np.asarray(photo.convert("RGB"), float)[:, 20:100]).mean() < 2
-    path.write_bytes(path.read_bytes()[:-path.stat().st_size // 3])
+    path, crop = tmp_path / name, Crop(60, 40, 80)
+    looks = save_in_mode(path, mode=name.split(".")[0])
+    cut = crop.cut(path, 80).permute(1, 2, 0).numpy()
+    assert np.abs(cut - looks[:, 20:100]).mean() < 2
+    content = path.read_bytes()
+    path.write_bytes(content[:-len(content) // 3])
     with pytest.raises(InputError, match=rf"^[^\n]*{name}: [^\n]+$"):
         crop.cut(path, 80)
 
 
 def test_large_photos_are_decoded_small_and_nothing_is_lost(tmp_path, monkeypatch):
-    path, sizes, load, bicubic = tmp_path / "large.jpg", [], ImageFile.ImageFile.load, Image.Resampling.BICUBIC
-    Image.effect_noise((125, 94), 90).resize((4000, 3000), bicubic).save(path, quality=90)
+    path, decoded = tmp_path / "large.jpg", []
+    noise = Image.effect_noise((125, 94), 90).resize((4000, 3000), Image.Resampling.BICUBIC)
+    noise.save(path, quality=90)
     full = Image.open(path).convert("RGB")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda photo: (load(photo), sizes.append(photo.im.size))[0])
-    for side, decoded in (4000, (500, 375)), (3000, (1000, 750)), (1000, (2000, 1500)), (300, (4000, 3000)):
+    load = ImageFile.ImageFile.load
+
+    def load_and_record(photo):
+        loaded = load(photo)
+        decoded.append(photo.im.size)
+        return loaded
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load_and_record)
+    for side, size in (4000, (500, 375)), (3000, (1000, 750)), (1000, (2000, 1500)), (300, (4000, 3000)):
         cut = Crop(2000, 1500, side).cut(path, 224).permute(1, 2, 0).numpy()
-        plain = full.crop([2000 - side // 2, 1500 - side // 2, 2000 + side // 2, 1500 + side // 2]).resize((224, 224), bicubic)
-        assert sizes[-1] == decoded and np.abs(cut - np.asarray(plain, float)).mean() < 1
+        assert decoded[-1] == size
+        half = side // 2
+        plain = full.crop([2000 - half, 1500 - half, 2000 + half, 1500 + half])
+        plain = plain.resize((224, 224), Image.Resampling.BICUBIC)
+        assert np.abs(cut - np.asarray(plain, float)).mean() < 1
 
 
-def cups(n):
-    """Objects with four keypoints: near the centre; there too, but hidden in every second; in the largest crops only; near the centre."""
-    points = np.random.default_rng(0).uniform(35, 65, (n, 4, 2))
-    points[:, 2] = 112, 50
-    return [Object(i, 1, "cup.png", (0, 0, 100, 90), points[i], np.array([True, i % 2 == 0, True, True])) for i in range(n)]
+@pytest.mark.parametrize("suffix, size, reduced, shrink", [
+    ("png", 224, (500, 375), 8),
+    ("jpg", 224, (500, 375), 8),
+    ("jpg", 32, (72, 54), 8 * 7),  # decoded at 1/8, then averaged over 7 x 7 pixels
+    ("png", 1500, (4000, 3000), 1),
+])
+def test_photos_are_reduced_to_no_less_than_twice_what_is_wanted(tmp_path, suffix, size, reduced, shrink):
+    path = tmp_path / f"large.{suffix}"
+    Image.new("RGB", (4000, 3000)).save(path)
+    photo, times_smaller = data.open_reduced(path, 4000, size)
+    assert (photo.size, times_smaller) == (reduced, shrink)
+    assert 4000 / shrink >= 2 * size or shrink == 1
+
+
+@pytest.mark.parametrize("box", [(10, 20, 60, 40), (20, 10, 40, 60)], ids=["wide", "tall"])
+def test_a_crop_is_as_large_as_the_longer_side_of_the_box(box):
+    instance = Instance(0, 2, "plate.png", box, np.ones((1, 2)), np.ones(1, bool))
+    assert crop_of(instance) == Crop(40, 40, 60)
+    assert crop_of(instance, scale=1.5, angle=0.2) == Crop(40, 40, 90, 0.2)
+
+
+def test_a_crop_holds_its_left_and_upper_edge_and_not_the_others():
+    points = np.array([[0, 0], [0.999, 0.999], [1, 0.5], [0.5, 1], [-0.001, 0.5], [0.5, -0.001]])
+    assert data.inside(points).tolist() == [True, True, False, False, False, False]
+
+
+def test_photos_are_normalised_with_imagenets_mean_and_deviation():
+    photos = torch.tensor([0, 128, 255], dtype=torch.uint8)[None, :, None, None]  # red, green, blue
+    want = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert data.normalize(photos).flatten().tolist() == pytest.approx(want)
+
+
+# ---------------------------------------------------------------------------------------------------- epochs
 
 
 @quick
-@given(n=st.integers(1, 70), k=st.integers(1, 9), seed=st.integers(0, 2**32))
-def test_groups_hold_every_keypoint_and_the_last_is_filled_with_others(n, k, seed):
-    groups = data.group_keypoints(n, k, np.random.default_rng(seed))
-    assert sorted(sum(groups, [])[:n]) == [*range(n)] and [[len(g), len({*g})] for g in groups] == [[min(n, k)] * 2] * math.ceil(n / k)
+@given(n=st.integers(1, 70), rounds=st.integers(1, 9), seed=st.integers(0, 2**32))
+def test_groups_hold_every_keypoint_and_the_last_is_filled_with_others(n, rounds, seed):
+    groups = data.group_keypoints(n, rounds, np.random.default_rng(seed))
+    assert len(groups) == data.count_groups(n, rounds) == math.ceil(n / rounds)
+    assert sorted(sum(groups, [])[:n]) == [*range(n)]  # what is left over comes first in the last group
+    for group in groups:
+        assert len(group) == len({*group}) == min(n, rounds)
 
 
-def test_dynamic_rounds_ask_every_keypoint_once_in_as_many_conversations_as_four(monkeypatch):
+def test_the_example_of_five_keypoints_in_fours_holds():
+    """That of group_keypoints()'s docstring, in form, and whatever is drawn."""
+    example = json.loads(re.search(r"\[\[.*?\]\]", data.group_keypoints.__doc__, re.DOTALL)[0])
+    drawn = [data.group_keypoints(5, 4, np.random.default_rng(seed)) for seed in range(100)]
+    for first, last in example, *drawn:
+        left_over, *fillers = last
+        assert sorted([*first, left_over]) == [0, 1, 2, 3, 4]
+        assert len(fillers) == len({*fillers}) == 3
+        assert {*fillers} < {*first}
+    assert {last[0] for _, last in drawn} == {k for _, last in drawn for k in last[1:]} == {*range(5)}
+    assert len({repr(groups) for groups in drawn}) > 90  # of 5! * 4! = 2,880
+
+
+def test_dynamic_rounds_ask_every_keypoint_once_in_as_many_conversations_as_four():
     sizes = []
     for n in range(1, 69):
         groups = data.group_keypoints(n, "dynamic", np.random.default_rng(n))
-        assert sorted(sum(groups, [])) == [*range(n)] and all(groups) and len(groups) == math.ceil(n / 4) == data.count_groups(n, "dynamic")
+        assert sorted(sum(groups, [])) == [*range(n)]
+        assert len(groups) == math.ceil(n / 4) == data.count_groups(n, "dynamic")
+        assert all(groups)
         sizes += map(len, groups)
-    assert set(sizes) > {*range(1, 9)} and np.mean(sizes) == pytest.approx(4, abs=0.5)
-    assert len({repr(data.group_keypoints(17, "dynamic", np.random.default_rng(seed))) for seed in range(20)}) == 20
-    cuts = {tuple(map(len, data.group_keypoints(5, "dynamic", np.random.default_rng(seed)))) for seed in range(50)}
-    assert cuts == {(1, 4), (2, 3), (3, 2), (4, 1)}
+    assert set(sizes) > {*range(1, 9)}
+    assert np.mean(sizes) == pytest.approx(4, abs=0.5)
+
+
+def test_dynamic_rounds_are_cut_anywhere():
+    drawn = [data.group_keypoints(17, "dynamic", np.random.default_rng(seed)) for seed in range(20)]
+    assert len({repr(groups) for groups in drawn}) == 20
+    drawn = [data.group_keypoints(5, "dynamic", np.random.default_rng(seed)) for seed in range(50)]
+    assert {tuple(map(len, groups)) for groups in drawn} == {(1, 4), (2, 3), (3, 2), (4, 1)}
 
 
 def test_augmentation_is_as_published_and_none_is_in_a_test():
-    crops = [e.crop for e in plan_epoch(cups(4000), 0, 0, rounds=4)]
-    scale, angle = np.array([(crop.side / 100, math.degrees(crop.angle)) for crop in crops]).T
-    assert {(crop.x, crop.y) for crop in crops} == {(50, 45)} and crop_of(cups(1)[0]) == Crop(50, 45, 100, 0)
-    assert (scale.min(), scale.max()) == (0.7, 1.3) and np.abs(angle).max() <= 40
-    shares = (scale == 0.7).mean(), (scale == 1.3).mean(), (scale < 1).mean(), (angle != 0).mean()
-    assert shares == pytest.approx((0.159, 0.159, 0.5, 0.5), abs=0.03)  # one standard deviation of N(1, 0.3) to either side
-    assert angle[angle != 0].std() == pytest.approx(80 / 12**0.5, rel=0.05) and abs(angle.mean()) < 2
+    assert crop_of(cups(1)[0]) == Crop(50, 45, 100, 0)  # in a test
+    crops = [example.crop for example in plan_epoch(cups(4000), 0, 0, rounds=4)]
+    scale = np.array([crop.side for crop in crops]) / 100
+    angle = np.degrees([crop.angle for crop in crops])
+    assert {(crop.x, crop.y) for crop in crops} == {(50, 45)}
+    assert (scale.min(), scale.max()) == (0.7, 1.3)
+    assert np.abs(angle).max() <= 40
+    # one standard deviation of N(1, 0.3) to either side is clipped to 0.7 and 1.3
+    clipped = (scale == 0.7).mean(), (scale == 1.3).mean()
+    assert clipped == pytest.approx((0.159, 0.159), abs=0.03)
+    assert ((scale < 1).mean(), (angle != 0).mean()) == pytest.approx((0.5, 0.5), abs=0.03)
+    assert angle[angle != 0].std() == pytest.approx(80 / 12**0.5, rel=0.05)  # uniform from -40 to 40
+    assert abs(angle.mean()) < 2
 
 
-@pytest.mark.parametrize("source, pack", [("drawn", False), ("drawn", True), ("benchmark", False), ("benchmark", True)])
+def ask_all(instances, pack):
+    """Checks an epoch's Examples -> {annotation id: the keypoints asked}."""
+    asked = {instance.annotation_id: set() for instance in instances}
+    examples = plan_epoch(instances, 1, 0, 3, pack)
+    for example in examples:
+        assert example.groups
+        for group in example.groups:
+            assert 0 < len({*group}) == len(group) <= 3
+        together = sum(example.groups, [])
+        where = example.crop.from_photo(example.instance.keypoints[together])
+        assert where.min() >= 0 and where.max() < 1
+        assert example.instance.visible[together].all()
+        asked[example.instance.annotation_id] |= {*together}
+    if pack:
+        assert len({example.instance.annotation_id for example in examples}) == len(examples)
+    else:
+        assert {len(example.groups) for example in examples} == {1}
+    return asked
+
+
+@pytest.mark.parametrize("source", ["drawn", "benchmark"])
+@pytest.mark.parametrize("pack", [False, True])
 def test_an_epoch_asks_every_visible_keypoint_inside_its_crop(request, monkeypatch, source, pack):
-    objects = cups(100) if source == "drawn" else request.getfixturevalue("benchmark")[1][2][::4]
-    objects.append(Object(-1, 1, "cup.png", (0, 0, 9, 9), np.array([[5, 5], [50, 50]]), np.array([False, True])))  # nothing to ask
-    for fixed in False, True:
-        monkeypatch.setattr(data, "crop_of", (lambda o, *_: crop_of(o)) if fixed else crop_of)  # one crop for all groups of an object
-        asked, examples = {o.id: set() for o in objects}, plan_epoch(objects, 1, 0, 3, pack)
-        assert len({e.object.id for e in examples}) == len(examples) if pack else {len(e.groups) for e in examples} == {1}
-        for e in examples:
-            assert e.groups and all(0 < len(set(g)) == len(g) <= 3 for g in e.groups)
-            where = e.crop.from_photo(e.object.keypoints[sum(e.groups, [])])
-            assert where.min() >= 0 and where.max() < 1 and e.object.visible[sum(e.groups, [])].all()
-            asked[e.object.id] |= set(sum(e.groups, []))
-        for o in objects:
-            where = crop_of(o).from_photo(o.keypoints)
-            inside = ((0 <= where) & (where < 1)).all(1) if fixed else np.hypot(*(where.T - 0.5)) < 0.35  # that is in all crops
-            assert asked[o.id] >= (wanted := {*np.flatnonzero(o.visible & inside).tolist()}) and (not fixed or asked[o.id] == wanted)
+    instances = cups(100) if source == "drawn" else request.getfixturevalue("benchmark")[1].instances[::4]
+    outside_or_hidden = np.array([[5, 5], [50, 50]])
+    nothing_to_ask = Instance(-1, 1, "cup.png", (0, 0, 9, 9), outside_or_hidden, np.array([False, True]))
+    instances = [*instances, nothing_to_ask]
+
+    asked = ask_all(instances, pack)
+    for instance in instances:
+        distance = np.hypot(*(crop_of(instance).from_photo(instance.keypoints) - 0.5).T)
+        in_all_crops = instance.visible & (distance < 0.35)  # the smallest has 0.7 of the side
+        assert asked[instance.annotation_id] >= {*np.flatnonzero(in_all_crops).tolist()}
+
+    # with one crop for all groups of an instance it is known exactly what is asked
+    monkeypatch.setattr(data, "crop_of", lambda instance, *_: crop_of(instance))
+    asked = ask_all(instances, pack)
+    for instance in instances:
+        where = crop_of(instance).from_photo(instance.keypoints)
+        inside = ((0 <= where) & (where < 1)).all(1)
+        assert asked[instance.annotation_id] == {*np.flatnonzero(instance.visible & inside).tolist()}
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_an_epochs_examples_are_shuffled_anew_each_time(pack):
+    orders = []
+    for seed, epoch in (0, 0), (0, 1), (1, 0):
+        examples = plan_epoch(cups(400), seed, epoch, rounds=4, pack=pack)
+        orders.append([example.instance.annotation_id for example in examples])
+        assert len({*orders[-1]}) == 400
+    for order in orders:
+        assert abs(np.corrcoef(order, range(400))[0, 1]) < 0.2
+    for one, other in itertools.combinations(orders, 2):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.2
+
+
+# ----------------------------------------------------------------------------------------- training sequences
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with the photo of cups()."""
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((120, 100), 90).save(tmp_path / "images/cup.png")
+    return tmp_path
 
 
 @pytest.mark.parametrize("groups", [[[2, 0]], [[3, 1], [0]]], ids=["one group", "packed"])
-def test_training_sequence_shows_the_crop_and_asks_where_its_keypoints_are(chat, tmp_path, groups):
-    (tmp_path / "images").mkdir()
-    Image.effect_noise((120, 100), 90).save(tmp_path / "images/cup.png")
-    cup, crop, head = cups(1)[0], Crop(52, 49, 160, 0.4), 1 + len(chat.newline)
-    items = [*TrainingSet([data.Example(cup, crop, g) for g in (groups, [[1]])], CATEGORIES, chat, tmp_path, 28)]
-    images, tokens, labels, numbers = collate(items)
-    for item, image, ids, learned, asked in zip(items, images, tokens.tolist(), labels.tolist(), (sum(groups, []), [1])):
+def test_training_sequence_shows_the_crop_and_asks_where_its_keypoints_are(chat, photos, groups):
+    cup, crop = cups(1)[0], Crop(52, 49, 160, 0.4)
+    examples = [Example(cup, crop, groups), Example(cup, crop, [[1]])]
+    items = [*TrainingSet(examples, CATEGORIES, chat, photos, 28)]
+    images, tokens, labels, points, conversation = collate(items)
+    assert points is None  # answers are text
+
+    head = 1 + len(chat.newline)
+    image = crop.cut(photos / "images/cup.png", 28)
+    for row, (item, example) in enumerate(zip(items, examples)):
         n = len(item["tokens"])
-        assert (ids[:n], learned[:n]) == (item["tokens"], item["labels"]) and torch.equal(image, crop.cut(tmp_path / "images/cup.png", 28))
-        assert ids[:head] == [chat.bos, *chat.newline] and learned[:head] + learned[n:] == [IGNORE] * (head + len(ids) - n)
-        pieces = runs(ids[head:n], learned[head:n])
-        assert pieces[::2] == [chat.questions(CUP)[k] for k in asked]
-        assert all(np.abs(crop.to_photo(chat.parse(p[:-1])) - cup.keypoints[k]).max() < 0.16 for k, p in zip(asked, pieces[1::2]))
-    first = len(sum(runs(items[0]["tokens"][head:], items[0]["labels"][head:])[:4], []))
-    assert numbers is None if len(groups) == 1 else numbers[0].tolist() == [0] * head + [1] * first + [2] * (len(tokens[0]) - head - first)
+        assert torch.equal(images[row], image)
+        assert tokens[row, :n].tolist() == item["tokens"]
+        assert labels[row, :n].tolist() == item["labels"]
+        assert item["tokens"][:head] == [chat.bos, *chat.newline]
+        assert (labels[row, :head] == IGNORE).all()
+        assert (labels[row, n:] == IGNORE).all()  # padding
+        asked = sum(example.groups, [])
+        pieces = runs(item["tokens"][head:], item["labels"][head:])
+        questions, answers = pieces[::2], pieces[1::2]
+        assert questions == [chat.questions(CUP)[k] for k in asked]
+        for k, answer in zip(asked, answers, strict=True):
+            answered = crop.to_photo(chat.parse(answer[:-1]))
+            assert np.abs(answered - cup.keypoints[k]).max() < 0.16  # a thousandth of the crop's side
+
+    if len(groups) == 1:
+        assert conversation is None
+    else:
+        pieces = runs(items[0]["tokens"][head:], items[0]["labels"][head:])
+        first, second = len(sum(pieces[:4], [])), len(sum(pieces[4:], []))
+        n_padding = tokens.shape[1] - len(items[0]["tokens"])
+        assert conversation[0].tolist() == [0] * head + [1] * first + [2] * second + [0] * n_padding
 
 
-def test_conversations_know_what_is_hidden_and_draw_numbers_of_their_own(monkeypatch):
-    """Hidden: not labelled as visible, or outside the crop, asked or not. Drawn: from (seed, epoch, object, group), and nothing twice."""
-    heard = []
+def test_pointing_answers_put_their_points_into_one_tensor_row_by_row(tiny, photos):
+    """<KEYPOINT> stands for the answer and has no label. Its point goes apart, as fractions of the crop."""
+    chat, crop, (even, odd) = Chat(tiny / "llm", answers="token"), Crop(52, 49, 160, 0.4), cups(2)
+    examples = [Example(even, crop, [[3, 1], [0]]), Example(odd, crop, [[2]])]
+    _, tokens, labels, points, _ = collate([*TrainingSet(examples, CATEGORIES, chat, photos, 28)])
+    assert points.dtype == torch.float32
+    assert points.shape == (4, 2)
+    want = np.concatenate([even.keypoints[[3, 1, 0]], odd.keypoints[[2]]])
+    assert crop.to_photo(points) == pytest.approx(want, abs=1e-4)
+    pointed = tokens == chat.keypoint
+    assert pointed.sum(1).tolist() == [3, 1]
+    assert (labels[pointed] == IGNORE).all()
+
+    text = Chat(tiny / "llm")
+    *_, points, _ = collate([*TrainingSet(examples, CATEGORIES, text, photos, 28)])
+    assert points is None
+
+
+def test_a_row_of_the_batch_is_padded_at_its_end(photos, tiny):
+    chat, cup, crop = Chat(tiny / "llm"), cups(1)[0], Crop(50, 45, 160)
+    items = [*TrainingSet([Example(cup, crop, groups) for groups in ([[0], [1]], [[0]])],
+                          CATEGORIES, chat, photos, 28)]
+    _, tokens, labels, _, conversation = collate(items)
+    long, short = (len(item["tokens"]) for item in items)
+    assert tokens.shape == labels.shape == conversation.shape == (2, long)
+    assert tokens[1, short:].tolist() == conversation[1, short:].tolist() == [0] * (long - short)
+    assert labels[1, short:].tolist() == [IGNORE] * (long - short)
+
+
+@pytest.fixture
+def hear(monkeypatch):
+    """-> a function that gives the Scenes that Examples of cups() make. Nothing is read or tokenised."""
+    scenes = []
+
+    def conversation(_, scene):
+        scenes.append(scene)
+        return [3], [3], []
     monkeypatch.setattr(Crop, "cut", lambda *_: None)
-    monkeypatch.setattr(Chat, "conversation", lambda _, scene: heard.append(scene) or ([3], [3]))
+    monkeypatch.setattr(Chat, "conversation", conversation)
     chat = Chat.__new__(Chat)
     chat.bos, chat.newline = 1, [2]
 
-    def scenes(examples):
-        heard.clear()
-        return [*TrainingSet(examples, CATEGORIES, chat, "", 28)] and heard[:]
+    def hear(examples):
+        scenes.clear()
+        for _ in TrainingSet(examples, CATEGORIES, chat, "", 28):
+            pass
+        return [*scenes]
+    return hear
 
-    even, odd = scenes([data.Example(o, crop_of(o), [[0, 3]]) for o in cups(2)])
-    assert (even.hidden, odd.hidden) == (["left ear"], ["foot", "left ear"])
-    epochs = [[s.rng.random() for s in scenes(plan_epoch(cups(5), seed, epoch, 1))] for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
-    assert epochs[0] == epochs[3] and len({*sum(epochs[:3], [])}) == sum(map(len, epochs[:3]))
-    planned = {np.random.default_rng((seed, epoch, i)).random() for seed, epoch in ((0, 0), (0, 1), (1, 0)) for i in range(6)}
-    assert not planned & {*sum(epochs, [])}  # numpy takes (seed, epoch, i, 0) for (seed, epoch, i)
+
+def test_conversations_know_what_is_hidden(hear):
+    """Hidden: not labelled as visible, or outside the crop, asked or not."""
+    even, odd = hear([Example(cup, crop_of(cup), [[0, 3]]) for cup in cups(2)])
+    assert even.hidden == ["left ear"]
+    assert odd.hidden == ["foot", "left ear"]
+    assert even.category is CUP
+    assert [name for (name, _), _ in even.asked] == ["rim", "heart"]
+
+
+def test_conversations_draw_numbers_of_their_own(hear):
+    """From (seed, epoch, instance, example), and nothing twice."""
+    def draw(seed, epoch):
+        return [scene.rng.random() for scene in hear(plan_epoch(cups(5), seed, epoch, rounds=1))]
+
+    drawn = draw(0, 0) + draw(0, 1) + draw(1, 0)
+    assert draw(0, 0) == drawn[:len(draw(0, 0))]
+    assert len({*drawn}) == len(drawn) > 3 * 10
+    packed = [scene.rng for scene in hear(plan_epoch(cups(1), 0, 0, rounds=1, pack=True))]
+    assert len({*map(id, packed)}) == 1  # the conversations of an example draw one after another
+
+
+def test_no_two_streams_of_random_numbers_coincide(hear, monkeypatch):
+    """The orders of epochs, the plans of instances and the conversations all draw different numbers.
+
+    It is easy to get wrong: numpy makes the same numbers from (seed, epoch, 0) as from (seed, epoch).
+    """
+    make, seeds = np.random.default_rng, []
+    assert make((7, 3, 0)).random() == make((7, 3)).random()
+
+    def make_and_record(seed):
+        seeds.append(seed)
+        return make(seed)
+    instances = cups(5)
+    monkeypatch.setattr(np.random, "default_rng", make_and_record)
+    for seed, epoch in itertools.product(range(3), range(3)):
+        hear(plan_epoch(instances, seed, epoch, rounds=1))
+    n_conversations = len(seeds) - 9 * (1 + len(instances))
+    assert n_conversations > 9 * 2 * len(instances)
+    streams = {make(seed).bytes(16) for seed in seeds}
+    assert len(streams) == len(seeds)
+
+
+@pytest.fixture(scope="module")
+def miniature(shared):
+    """A miniature of MP-100 with real photos -> its folder, its categories, its instances to train on."""
+    root = shared / "mini_mp100"
+    categories = data.read_descriptions(root / "descriptions.json")
+    return root, categories, read_instances(root / "annotations/mp100_split1_train.json", categories)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_batches_depend_on_seed_and_epoch_and_nothing_else(shared, tiny):
-    root, path, chat = shared / "mini_mp100", shared / "mini_mp100/annotations/mp100_split1_train.json", Chat(tiny / "llm")
-    counts = {a["category_id"]: len(a["keypoints"]) // 3 for a in json.loads(path.read_text())["annotations"]}
-    categories = {c: Category(f"thing {c}", [(f"point {k}", f"number {k}") for k in range(n)]) for c, n in counts.items()}
-    objects = read_objects(path, categories)
+def test_batches_depend_on_seed_and_epoch_and_nothing_else(miniature, tiny):
+    (root, categories, instances), chat = miniature, Chat(tiny / "llm")
 
-    def batches(workers):
-        dataset = TrainingSet(plan_epoch(objects, 1, 2, 4)[:24], categories, chat, root, 56)
+    def batches(n_workers):
+        dataset = TrainingSet(plan_epoch(instances, 1, 2, 4)[:24], categories, chat, root, 56)
         torch.manual_seed(np.random.randint(1000))  # all that is random elsewhere has no influence
-        return [t for batch in torch.utils.data.DataLoader(dataset, 4, collate_fn=collate, num_workers=workers) for t in batch[:3]]
+        loader = torch.utils.data.DataLoader(dataset, 4, collate_fn=collate, num_workers=n_workers)
+        return [tensor for batch in loader for tensor in batch[:3]]
 
-    first, *others = batches(0), batches(0), batches(4)
-    assert all(len(other) == len(first) == 18 and all(map(torch.equal, first, other)) for other in others)
-    asked = (objects, 1, 2), ([objects[-1], *objects[1:20]], 1, 2), (objects, 2, 2), (objects, 1, 3)
-    every, few, *others = [{(e.object.id, repr((e.crop, e.groups))) for e in plan_epoch(*args, 4)} for args in asked]
-    assert {id for id, _ in few - every} == {objects[-1].id} and all(len(every & other) < 0.05 * len(every) for other in others)
+    first = batches(0)
+    assert len(first) == 18
+    for again in batches(0), batches(4):
+        assert len(again) == 18
+        assert all(map(torch.equal, first, again))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"P6 3 x 255 ", b"P6 90000 90000 255 ", b'{"images": [', b"[]", b"{}", b"7",
-                                     b'{"images": [{}], "annotations": [], "keypoint_sets": {}, "categories": {"1": 1}}'])
-def test_missing_and_damaged_files_are_named_and_photos_counted_by_category(tmp_path, content):
-    objects = [Object(i, 1 + i // 3, f"{i}.png", (0, 0, 9, 9), np.ones((1, 2)), np.ones(1, bool)) for i in range(4)]
+def test_what_an_instance_is_asked_depends_on_its_place_the_seed_and_the_epoch(miniature):
+    *_, instances = miniature
+
+    def plan(instances, seed, epoch):
+        return {(example.instance.annotation_id, repr((example.crop, example.groups)))
+                for example in plan_epoch(instances, seed, epoch, rounds=4)}
+
+    every = plan(instances, 1, 2)
+    few = plan([instances[-1], *instances[1:20]], 1, 2)  # one instance has another place, many are gone
+    assert {annotation_id for annotation_id, _ in few - every} == {instances[-1].annotation_id}
+    for other in plan(instances, 2, 2), plan(instances, 1, 3):
+        assert len(every & other) < 0.05 * len(every)
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+DAMAGED = [None, b"", b"P6 3 x 255 ", b"P6 90000 90000 255 ", b'{"images": [', b"[]", b"{}", b"7",
+           b'{"images": [{}], "annotations": [], "keypoint_sets": {}, "categories": {"1": 1}}']
+
+
+def spoil(path, content):
+    """A file of that content; None: there is no file."""
+    if content is not None:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_missing_and_damaged_photos_are_counted_by_category(tmp_path, content):
+    point = np.ones((1, 2)), np.ones(1, bool)
+    instances = [Instance(i, 1 + i // 3, f"{i}.png", (0, 0, 9, 9), *point) for i in range(4)]
     (tmp_path / "images").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "images/0.png")
-    for name in ["tokenizer.json", "images/1.png", "images/2.png", "images/3.png"] * (content is not None):
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=r"^[^\n]*3 objects .*cup 2, plate 1[^\n]*$"):
-        data.existing_photos(objects, tmp_path, CATEGORIES, allow_missing=False)
-    assert data.existing_photos(objects, tmp_path, CATEGORIES, allow_missing=True) == objects[:1]
-    for read in (lambda p: read_objects(p, CATEGORIES), read_descriptions, lambda p: Chat(p.parent), lambda p: Crop(4, 4, 8).cut(p, 14)):
-        with pytest.raises(InputError, match=r"^[^\n]*tokenizer\.json: [^\n]+$"):
-            read(tmp_path / "tokenizer.json")
+    for i in 1, 2, 3:
+        spoil(tmp_path / f"images/{i}.png", content)
+    says = r"photos of 3 \w+ are missing or unreadable \(cup 2, plate 1\), e\.g\. 1\.png"
+    with pytest.raises(InputError, match=rf"^[^\n]*images: {says}[^\n]*$"):
+        data.keep_readable(instances, tmp_path, CATEGORIES, allow_missing=False)
+    assert data.keep_readable(instances, tmp_path, CATEGORIES, allow_missing=True) == instances[:1]
+    with pytest.raises(InputError, match=r"^[^\n]*images: none of the photos of 3 \w+ is there$"):
+        data.keep_readable(instances[1:], tmp_path, CATEGORIES, allow_missing=True)
+
+
+READERS = {
+    "annotations": lambda path: read_instances(path, CATEGORIES),
+    "descriptions": data.read_descriptions,
+    "tokenizer": lambda path: Chat(path.parent),
+    "photo": lambda path: Crop(4, 4, 8).cut(path, 14),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("reader", READERS)
+def test_missing_and_damaged_files_are_named_in_one_line(tmp_path, reader, content):
+    path = tmp_path / "tokenizer.json"
+    spoil(path, content)
+    with pytest.raises(InputError, match=r"^[^\n]*tokenizer\.json: [^\n]+$"):
+        READERS[reader](path)
+
+
+@pytest.mark.parametrize("entry, says", [
+    ({"name": "cup"}, "keypoint_set"),
+    ({"name": "cup", "keypoint_set": "bowl"}, "bowl"),
+    ({"keypoint_set": "cup"}, "name"),
+])
+def test_a_description_that_is_incomplete_is_named(tmp_path, entry, says):
+    texts = {"keypoint_sets": {"cup": [{"name": "rim", "description": "above"}]}, "categories": {"3": entry}}
+    path = tmp_path / "texts.json"
+    path.write_text(json.dumps(texts))
+    with pytest.raises(InputError, match=rf"texts\.json: entry '{says}' is missing"):
+        data.read_descriptions(path)

@@ -1,78 +1,54 @@
-"""Chat with the tokenizers of the paper's LLMs (Table 4): Llama-3's own file, small ones built as Vicuna's and Mistral's, and one that
-pairs digits. What is expected is spelled out by hand or asked of the tokenizers library."""
+"""Chat and locate() with the tokenizers of the paper's LLMs (Table 4).
 
-import json
-from itertools import accumulate, takewhile
+They are Llama-3's own file, small ones built like Vicuna's and Mistral's, and one that pairs digits. What is
+expected is spelled out by hand or asked of the tokenizers library.
+"""
+
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import one_by_one
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from conftest import LLAMA3_IDS, SPACE, make_chat, sentencepiece
+from test_decode import one_by_one
 
-from chat import IGNORE, Chat, Scene
-from data import Category
+from chat import IGNORE, Category, Scene, spell
+from decode import locate
 from llama import Llama, LlamaConfig
 from model import CapeLLM
 from vit import ViT, ViTConfig
 
-S = "\u2581"  # SentencePiece's letter for a space
-THING = Category("thing", [("left ear", "where it begins, [1, 2], is \u201cleft\u201d."), ("na\u00efve \U0001f600", "two  gaps,\t\u773c ")])
+THING = Category("thing", [("left ear", "where it begins, [1, 2], is \u201cleft\u201d."),
+                           ("na\u00efve \U0001f600", "two  gaps,\t\u773c ")])
 
 
 class Kind(NamedTuple):
-    bracket: str = f"{S}["  # the token of " ["
-    newline: tuple = (S, "<0x0A>")  # those of "\n"
+    bracket: str = f"{SPACE}["  # the token of " ["
+    newline: tuple = (SPACE, "<0x0A>")  # those of "\n"
     number: callable = list  # those of "123"
-    digits: list = "0123456789"  # what chooses a number, nothing if numbers are cut otherwise
-    passes: int = 1 + 6  # of the LLM until an answer is complete: the photo, then what its template does not know
+    digits: list = "0123456789"  # what chooses a number; nothing if numbers are cut otherwise
+    passes: int = 1 + 6  # of the LLM until an answer is complete: the photo, and one a choice
     end: int | list = 2  # in config.json
 
 
 KINDS = {
-    "llama3": Kind("\u0120[", ("\u010a",), lambda n: [n], [f"{n:03d}" for n in range(1000)], 1 + 2, [128001, 128008, 128009]),
+    "llama3": Kind("\u0120[", ("\u010a",), lambda n: [n], [f"{n:03d}" for n in range(1000)], 1 + 2),
     "vicuna": Kind(),
     "mistral first": Kind(end=[2]),
     "mistral always": Kind(),
-    "pairs": Kind(number=lambda n: [n[:2], n[2]], digits=[], passes=1 + 11),
+    "pairs": Kind(number=lambda n: [n[:2], n[2]], digits=[], passes=1 + 11),  # one a token
 }
-
-
-def sentencepiece(name):
-    """A tokenizer.json as that of Vicuna (Llama-2) or Mistral: byte pairs over whole texts, whose spaces are letters, and bytes for
-    what the vocabulary lacks. Tokens such as "]U" join what the pieces of a conversation keep apart."""
-    mistral, special = name.startswith("mistral"), ["<unk>", "<s>", "</s>"]
-    if mistral:
-        special += ["[INST]", "[/INST]", *(f"[control_{n}]" for n in range(8, 774))]
-    words = ["]U", "],", ":[", *(S + word for word in "[ User where is the left ear begins".split()), "User", "Reference", "Assistant"]
-    if name == "pairs":
-        words += [f"{n:02d}" for n in range(100)]
-    merges = list(dict.fromkeys(pair for word in words for pair in zip(accumulate(word), word[1:])))  # a word letter by letter
-    tokens = [*special, *(f"<0x{b:02X}>" for b in range(256)), S, *map(chr, range(33, 127)), *map("".join, merges)]
-    ids = {token: id for id, token in enumerate(dict.fromkeys(tokens))}
-    t = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if mistral:
-        t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=name.split()[1], split=False)
-    else:
-        t.normalizer = normalizers.Sequence([normalizers.Prepend(S), normalizers.Replace(" ", S)])
-    if name == "pairs":
-        t.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
-    t.decoder = decoders.Sequence([decoders.Replace(S, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    t.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
-    t.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    return t.to_str()
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def chat(request, tmp_path_factory):
-    name, kind, folder = request.param, KINDS[request.param], tmp_path_factory.mktemp("llm")
-    llama3 = request.getfixturevalue("shared") / "llama3_tokenizer/tokenizer.json" if name == "llama3" else None
-    (folder / "tokenizer.json").write_text(llama3.read_text() if llama3 else sentencepiece(name))
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 128000 if llama3 else 1, "eos_token_id": kind.end,
-                                                    "vocab_size": 128256}))
-    chat = Chat(folder)
-    chat.kind = kind
+    name, folder = request.param, tmp_path_factory.mktemp("llm")
+    if name == "llama3":
+        tokenizer = request.getfixturevalue("shared") / "llama3_tokenizer" / "tokenizer.json"
+        chat = make_chat(folder, tokenizer.read_text(), **LLAMA3_IDS)
+    else:
+        chat = make_chat(folder, sentencepiece(name), 1, KINDS[name].end)
+    chat.kind = KINDS[name]
     return chat
 
 
@@ -80,88 +56,165 @@ def ids_of(chat, tokens):
     return [chat.tokenizer.token_to_id(token) for token in tokens]
 
 
-def spelled(chat, x, y):
-    """The tokens of an answer by hand, cut where numbers begin and end: " [0.", x, ",0.", y, "]"."""
+def spelled_by_hand(chat, x, y):
+    """The tokens of an answer, cut where numbers begin and end: " [0.", x, ",0.", y, "]"."""
     kind = chat.kind
-    return [ids_of(chat, tokens) for tokens in ([kind.bracket, "0", "."], kind.number(x), [",", "0", "."], kind.number(y), ["]"])]
+    parts = [kind.bracket, "0", "."], kind.number(x), [",", "0", "."], kind.number(y), ["]"]
+    return [ids_of(chat, tokens) for tokens in parts]
 
 
-def template_of(chat):
-    start, x, middle, y, _ = spelled(chat, "123", "456")
-    return [*start, *[None] * len(x), *middle, *[None] * len(y)] if chat.kind.digits else [None] * 11
+def spelled(chat, point):
+    """The tokens of an answer as Chat makes them, the end token among them."""
+    return chat.encode(spell(point)) + [chat.eos]
 
 
 def test_pieces_are_the_text_with_no_space_or_special_token_added(chat):
-    assert (chat.bos, chat.eos) in [(128000, 128001), (1, 2)] and chat.newline == ids_of(chat, chat.kind.newline)
+    assert (chat.bos, chat.eos) in [(128000, 128001), (1, 2)]
+    assert chat.newline == ids_of(chat, chat.kind.newline)
     for (name, description), question in zip(THING.keypoints, chat.questions(THING), strict=True):
         text = f"User: where is the {name}?\nReference: {description}\nAssistant: [0.123,0.456]"
-        *ids, end = question + chat.answer(0.123, 0.456)
-        assert chat.tokenizer.decode(ids, skip_special_tokens=False) == text and end == chat.eos
-        assert chat.tokenizer.encode(text).ids == [chat.bos, *ids]  # left to itself, the tokenizer adds BOS
+        *tokens, end = question + spelled(chat, (0.123, 0.456))
+        assert chat.tokenizer.decode(tokens, skip_special_tokens=False) == text
+        assert end == chat.eos
+        assert chat.tokenizer.encode(text).ids == [chat.bos, *tokens]  # by itself, the tokenizer adds BOS
 
 
-def test_template_and_digits_are_those_of_the_tokenizer(chat):
-    assert chat.place.template == template_of(chat) and chat.place.digits == ids_of(chat, chat.kind.digits)
-    assert chat.place.closing == [*ids_of(chat, "]" if chat.kind.digits else ""), chat.eos]  # what follows the template
+def test_format_and_digits_are_those_of_the_tokenizer(chat):
+    form, kind = chat.coordinates, chat.kind
+    assert form.digits == ids_of(chat, kind.digits)
+    if kind.digits:
+        start, x, middle, y, bracket = spelled_by_hand(chat, "123", "456")
+        more = [[]] * (len(x) - 1)  # nothing stands between the digits of a number
+        assert form.known == [start, *more, middle, *more]
+        assert form.ending == [*bracket, chat.eos]
+        assert form.max_tokens == len(start + x + middle + y)
+    else:
+        assert (form.known, form.ending, form.max_tokens) == ([], [chat.eos], 11)
 
 
-@pytest.mark.parametrize("chat", [name for name in KINDS if name != "llama3"], indirect=True)  # test_chat.py has that one
-def test_every_place_is_spelled_drafted_and_read_back(chat):
-    template = template_of(chat)
+@pytest.mark.parametrize("chat", [name for name in KINDS if name != "llama3"], indirect=True)
+def test_every_point_is_spelled_in_the_format_and_read_back(chat):
+    """test_chat.py does so for Llama-3."""
+    form = chat.coordinates
     for v in range(1000):
         x, y = f"{v:03d}", f"{(7 * v + 123) % 1000:03d}"  # y takes all values, too
-        point, (*parts, bracket) = (float(f"0.{x}"), float(f"0.{y}")), spelled(chat, x, y)
+        point = float(f"0.{x}"), float(f"0.{y}")
+        *parts, bracket = spelled_by_hand(chat, x, y)
         answer = sum(parts, [])  # up to the last digit
-        assert chat.answer(*point) == [*answer, *bracket, chat.eos] and chat.parse(answer) == point
-        for n in range(len(answer)):
-            assert chat.place.draft(answer[:n]) == [*takewhile(lambda token: token is not None, template[n:])]
-    for n in [n for n, token in enumerate(template[:-1]) if token]:  # what has left the template is not drafted
-        assert chat.place.draft([*answer[:n], chat.bos]) == chat.place.draft([*answer[:n], chat.bos, *answer[n + 1:-1]]) == []
-    for point, numbers in ((0.9996, -0.2), ("999", "000")), ((-1e-9, 7), ("000", "999")), ((0.4996, 0.0004), ("500", "000")):
-        assert chat.answer(*point) == sum(spelled(chat, *numbers), []) + [chat.eos]
+        assert spelled(chat, point) == [*answer, *bracket, chat.eos]
+        assert chat.parse(answer) == point
+        if form.known:
+            choices = [form.digits[int(digit)] for digit in x + y]
+            assert answer == sum(([*known, choice] for known, choice in zip(form.known, choices)), [])
+
+
+def test_numbers_are_rounded_and_kept_within_the_crop(chat):
+    for point, numbers in ((0.9996, -0.2), ("999", "000")), ((-1e-9, 7), ("000", "999")), \
+                          ((0.4996, 0.0004), ("500", "000")):
+        assert spelled(chat, point) == sum(spelled_by_hand(chat, *numbers), []) + [chat.eos]
 
 
 def test_labels_are_the_answers_with_one_end_token_each(chat):
-    rounds, ids, labels, text = [], [], [], ""
-    for keypoint, x, y in zip(THING.keypoints * 2, ("250", "999", "007", "314"), ("000", "500", "120", "159")):
-        asked = "User: where is the {}?\nReference: {}\nAssistant:".format(*keypoint)
-        question, answer = chat.tokenizer.encode(asked, add_special_tokens=False).ids, sum(spelled(chat, x, y), []) + [chat.eos]
-        ids, labels = ids + question + answer, labels + [IGNORE] * len(question) + answer
-        text += f"{asked} [0.{x},0.{y}]"
-        rounds.append((keypoint, (float(f"0.{x}"), float(f"0.{y}"))))
-    assert chat.conversation(Scene(THING, rounds)) == (ids, labels)
-    assert chat.eos > 2 or "]U" in chat.tokenizer.encode(text).tokens  # in one go the pieces would fuse
+    asked, tokens, labels, text = [], [], [], ""
+    numbers = ("250", "000"), ("999", "500"), ("007", "120"), ("314", "159")
+    for keypoint, (x, y) in zip(THING.keypoints * 2, numbers):
+        asked.append((keypoint, (float(f"0.{x}"), float(f"0.{y}"))))
+        question_text = "User: where is the {}?\nReference: {}\nAssistant:".format(*keypoint)
+        question = chat.tokenizer.encode(question_text, add_special_tokens=False).ids
+        answer = sum(spelled_by_hand(chat, x, y), []) + [chat.eos]
+        tokens += question + answer
+        labels += [IGNORE] * len(question) + answer
+        text += f"{question_text} [0.{x},0.{y}]"
+    assert chat.conversation(Scene(THING, asked)) == (tokens, labels, [])
+    in_one_go = chat.tokenizer.encode(text).tokens
+    assert "]U" in in_one_go or chat.bos == 128000  # so pieces would fuse; Llama-3 has no such token
 
 
-def teach(model, chat, images, questions, answers):
-    """Makes an untrained network say these answers: solves for the lm_head whose logits are 1 for each next token and 0 for others."""
-    hidden, said, answers = [], sum(answers, []), iter(answers)
-    for image, asked in zip(model.see(images), questions):
-        for question in asked:
-            answer = next(answers)
-            text = model.llama.embed_tokens(torch.tensor([chat.bos, *chat.newline, *question, *answer]))
-            hidden.append(model.llama(torch.cat((text[:1], image, text[1:]))[None])[0][0, -1 - len(answer):-1])
+# --------------------------------------------------------------------------------------------------- locate()
+
+
+def untrained(chat):
+    """A CapeLLM that knows the tokenizer's vocabulary, of a few layers."""
+    torch.manual_seed(0)
+    rope = {"rope_theta": 1e4, "rope_type": "default"}
+    vit = ViT(ViTConfig(32, 2, 2, image_size=56))
+    llama = Llama(LlamaConfig(chat.tokenizer.get_vocab_size(), 128, 64, 2, 4, 2, 32, rope=rope))
+    return CapeLLM(vit, llama).eval()
+
+
+def teach(model, chat, images, conversations):
+    """Makes an untrained network give these answers. conversations: (photo, [(question, answer), ...]) each.
+
+    Solves for the lm_head whose logits are 1 for each next token and 0 for the others.
+    """
+    hidden, said, photos = [], [], model.see(images)
+    for photo, turns in conversations:
+        tokens, learned = [chat.bos, *chat.newline], []
+        for question, answer in turns:
+            start = len(tokens) + len(question)
+            learned += range(start, start + len(answer))
+            tokens += question + answer
+        text = model.llama.embed_tokens(torch.tensor(tokens))
+        states = model.llama(torch.cat((text[:1], photos[photo], text[1:]))[None])[0]
+        before = states[photos.shape[1] - 1:]  # before[i] predicts token i
+        hidden.append(before[learned])
+        said += [tokens[i] for i in learned]
     tokens, which = torch.tensor(said).unique(return_inverse=True)
-    rows = torch.linalg.lstsq(torch.cat(hidden).double(), F.one_hot(which).double()).solution.T
-    model.llama.lm_head.weight.zero_()[tokens] = rows.float()
+    weights = torch.linalg.lstsq(torch.cat(hidden).double(), F.one_hot(which).double()).solution.T
+    model.llama.lm_head.weight.zero_()[tokens] = weights.float()
+
+
+def questions_of(chat, *names):
+    return chat.questions(Category("thing", [(name, "") for name in names]))
 
 
 @torch.no_grad()
 def test_locate_gives_the_tokens_of_plain_greedy_decoding(chat):
-    torch.manual_seed(0)
-    llama = Llama(LlamaConfig(chat.tokenizer.get_vocab_size(), 128, 64, 2, 4, 2, 32, rope={"rope_theta": 1e4, "rope_type": "default"}))
-    model, images = CapeLLM(ViT(ViTConfig(32, 2, 2, image_size=56)), llama).eval(), torch.randn(2, 3, 56, 56)
-    names = ["left ear", "nose", "right ear"], ["left ear", "naked chin", "tip of the tail"]
-    questions = [chat.questions(Category("thing", [(name, "") for name in asked])) for asked in names]
-    answers = [chat.answer(0.123, 0.456), chat.answer(0.999, 0), chat.encode("The nose") + [chat.eos], chat.answer(0.507, 0.12),
-               [*ids_of(chat, [chat.kind.bracket]), chat.eos], chat.encode(" [0.314;0.159]")]  # three leave the template: at once, later
-    for said in None, answers:  # an untrained network says anything
-        if said:
-            teach(model, chat, images, questions, said)
-        expected = one_by_one(model, images, questions, chat)
-        assert not said or expected == [answer[:len(chat.place.template)] for answer in said]
-        assert [ids for told in model.locate(images, questions, chat) for ids, _ in told] == expected
+    model, images = untrained(chat), torch.randn(2, 3, 56, 56)
+    questions = [questions_of(chat, "left ear", "nose", "right ear"),
+                 questions_of(chat, "left ear", "naked chin", "tip of the tail")]
+    answers = [spelled(chat, (0.123, 0.456)),
+               spelled(chat, (0.999, 0)),
+               chat.encode("The nose") + [chat.eos],  # leaves the format at once
+               spelled(chat, (0.507, 0.12)),
+               [*ids_of(chat, [chat.kind.bracket]), chat.eos],  # leaves it after a token
+               chat.encode(" [0.314;0.159]")]  # leaves it halfway
+    points = [(0.123, 0.456), (0.999, 0.0), None, (0.507, 0.12), None, None]
+
+    def predictions():
+        return sum(locate(model, images, questions, chat), [])
+
+    assert [p.answer for p in predictions()] == one_by_one(model, images, questions, chat)  # says anything
+
+    photos = [0, 0, 0, 1, 1, 1]
+    teach(model, chat, images, [(photo, [turn]) for photo, *turn in zip(photos, sum(questions, []), answers)])
+    expected = [answer[:chat.coordinates.max_tokens] for answer in answers]
+    assert one_by_one(model, images, questions, chat) == expected
+    assert [p.answer for p in predictions()] == expected
+    assert [p.point for p in predictions()] == points
+    kept_the_format = [bool(chat.kind.digits) and point is not None for point in points]
+    assert [p.x is not None for p in predictions()] == kept_the_format
+    assert [p.confidence is not None for p in predictions()] == kept_the_format
+
     passes = []
     model.llama.norm.register_forward_hook(lambda *_: passes.append(1))
-    [[(ids, _), _]] = model.locate(images[:1], [questions[0][:2]], chat)
-    assert chat.parse(ids) == (0.123, 0.456) and len(passes) == chat.kind.passes
+    [[first, _]] = locate(model, images[:1], [questions[0][:2]], chat)
+    assert first.point == (0.123, 0.456)
+    assert len(passes) == chat.kind.passes
+
+
+@torch.no_grad()
+def test_a_conversation_that_left_the_format_comes_back(chat):
+    """Cumulative, and side by side with one that leaves it later."""
+    model, images = untrained(chat), torch.randn(2, 3, 56, 56)
+    questions = [questions_of(chat, "left ear", "nose", "right ear"),
+                 questions_of(chat, "left ear", "naked chin", "tip of the tail")]
+    answers = [[chat.encode("The nose") + [chat.eos], spelled(chat, (0.999, 0)), spelled(chat, (0.1, 0.2))],
+               [spelled(chat, (0.507, 0.12)), chat.encode(" [0.3;") + [chat.eos], spelled(chat, (0, 0.3))]]
+    points = [[None, (0.999, 0.0), (0.1, 0.2)], [(0.507, 0.12), None, (0.0, 0.3)]]
+    teach(model, chat, images, [(p, [*zip(questions[p], answers[p])]) for p in (0, 1)])
+
+    for predictions, said, expected in zip(locate(model, images, questions, chat, cumulative=True),
+                                           answers, points):
+        assert [p.answer for p in predictions] == [answer[:chat.coordinates.max_tokens] for answer in said]
+        assert [p.point for p in predictions] == expected

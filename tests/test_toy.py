@@ -1,129 +1,349 @@
-"""The toy world is honest, and the model trained on it (assets/toy/ckpt.pt, as `python toy.py` leaves it) does what README says."""
+"""The toy world is honest, and the model trained on it (assets/toy/ckpt.pt, as toy.py leaves it) does what
+README says.
+"""
 
 import json
+import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
+import evaluate
 import toy
-from data import Category, Object, crop_of, normalize, read_descriptions, read_objects
-from evaluate import pck_of_queries
+import train
+from chat import Category
+from common import InputError
+from data import Instance, crop_of, inside, normalize, read_descriptions, read_instances
+from decode import locate
+from evaluate import pck_of_queries, predict
 from llama import Llama
-from predict import predict
+from toyworld import creatures, pretrain, sheets, variants
 from train import load_chat, load_model, parse_arguments, read_checkpoint
 from vit import ViT
 
+SHIPPED = ROOT / "assets/toy"
+SUBSETS = {"train": (3, 5), "val": (1, 5), "test": (10, 8)}  # few categories, few photos of each
+SHORT = ["--epochs", "1", "--batch", "8", "--micro-batch", "8", "--workers", "0"]
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A small toy MP-100: 3 categories to train on, 6 to test on, 5 photos each; drawn with a seed that trained nothing."""
-    folder, patch = tmp_path_factory.mktemp("toy"), pytest.MonkeyPatch()
-    patch.setattr(toy, "SUBSETS", {"train": (3, 5), "val": (1, 5), "test": (6, 5)})
-    toy.draw_toy(folder, seed=1234)
-    patch.undo()
-    categories = read_descriptions(folder / "descriptions.json")
-    return folder, categories, {s: read_objects(folder / f"data/annotations/mp100_split1_{s}.json", categories) for s in toy.SUBSETS}
+def folder(tmp_path_factory):
+    """A small toy MP-100, drawn with a seed that trained nothing."""
+    folder = tmp_path_factory.mktemp("toy")
+    creatures.draw_toy(folder, seed=1234, subsets=SUBSETS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def categories(folder):
+    return read_descriptions(folder / "descriptions.json")
+
+
+@pytest.fixture(scope="module")
+def unseen(folder, categories):
+    """Creatures of categories that nothing was trained on."""
+    return read_instances(folder / "data/annotations/mp100_split1_test.json", categories)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    checkpoint = read_checkpoint(ROOT / "assets/toy/ckpt.pt")
-    args = parse_arguments(["--vit", str(ROOT / "assets/toy/vit"), "--llm", str(ROOT / "assets/toy/llm"), "--image-size", str(toy.SIZE)])
+    """Network and Chat of the shipped checkpoint."""
+    checkpoint = read_checkpoint(SHIPPED / "ckpt.pt")
+    args = parse_arguments(toy.NETWORK)
     return load_model(args, torch.device("cpu"), checkpoint).eval(), load_chat(args)
 
 
-def ask(trained, folder, objects, texts, **how):
-    categories = [Category("creature", keypoints) for keypoints in texts]
-    crops = [crop_of(o) for o in objects]
-    images = torch.stack([c.cut(folder / "data/images" / o.photo, toy.SIZE) for c, o in zip(crops, objects)])
-    return [[point for point, _ in told] for told in predict(*trained, crops, images, categories, **how)]
+@pytest.fixture(scope="module")
+def found(trained, folder, categories, unseen):
+    """Predictions of all keypoints of the unseen creatures, by the median."""
+    return ask(trained, folder, unseen, [categories[o.category_id].keypoints for o in unseen])
 
 
-def test_the_same_seed_draws_the_same_world(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "SUBSETS", {"train": (3, 5), "val": (1, 5), "test": (6, 5)})
-    toy.draw_toy(tmp_path, seed=1234)
-    for file in (f for f in world[0].rglob("*") if f.is_file()):
-        assert (tmp_path / file.relative_to(world[0])).read_bytes() == file.read_bytes(), file
+def cut(folder, instances):
+    return torch.stack([crop_of(o).cut(folder / "data/images" / o.photo, sheets.SIZE) for o in instances])
 
 
-def test_test_categories_have_parts_no_training_has_seen():
-    """In neither world: the plans of the toy MP-100, and the sheets of pre-training."""
-    plans = {subset: [toy.plan_category(np.random.default_rng((7, i)), subset) for i in range(40)] for subset in ("train", "val", "test")}
-    for subset in "train", "val":
-        assert not any(pair in toy.UNSEEN for p in plans[subset] for pair in p["limbs"] + p["marks"])
-    assert all(sum(pair in toy.UNSEEN for pair in p["limbs"] + p["marks"]) >= 2 for p in plans["test"])
-    shown = {point[:2] for i in range(60) for point in toy.draw_sheet((1, i))[1]}
-    assert len(shown) > 60 and not shown & set(toy.UNSEEN)
+def ask(trained, folder, instances, texts):
+    crops = [crop_of(o) for o in instances]
+    asked = [Category("creature", keypoints) for keypoints in texts]
+    return predict(*trained, crops, cut(folder, instances), asked, decode="median")
 
 
-def test_names_are_ambiguous_and_descriptions_are_not(world):
-    """In a photo each description fits one point; the names of a category say nothing of colour or shape."""
-    _, categories, _ = world
+def pck(instances, points):
+    """-> PCK@0.05, PCK@0.2"""
+    return pck_of_queries(instances, points).mean(0)[[0, 3]]
+
+
+def parts(plan):
+    return plan["limbs"] + plan["marks"]
+
+
+# ------------------------------------------------------------------------------------------------ the worlds
+
+
+def test_the_same_seed_draws_the_same_world(folder, tmp_path):
+    creatures.draw_toy(tmp_path, seed=1234, subsets=SUBSETS)
+    files = [file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 3 * 5 + 5 + 10 * 8 + 3 + 1 + 1  # photos, annotations, descriptions, the mark
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_data_that_is_no_toys_is_not_replaced(tmp_path):
+    (tmp_path / "data/mp100").mkdir(parents=True)
+    with pytest.raises(InputError, match="data: not a toy MP-100"):
+        toy.main(["--out", str(tmp_path)])
+    assert (tmp_path / "data/mp100").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_test_categories_have_the_pairs_kept_for_them():
+    for subset in "train", "val", "test":
+        plans = [creatures.plan_category(np.random.default_rng((7, i)), subset) for i in range(40)]
+        kept = [sum(pair in creatures.UNSEEN for pair in parts(plan)) for plan in plans]
+        assert min(kept) >= 2 if subset == "test" else max(kept) == 0
+
+
+def test_sheets_show_all_pairs_but_those_kept_for_test_categories():
+    shown = {point[:2] for i in range(60) for point in sheets.draw_sheet((1, i))[1]}
+    assert len(shown) > 60
+    assert not shown & set(creatures.UNSEEN)
+
+
+def test_names_are_ambiguous_and_descriptions_are_not(categories):
+    """A description fits one keypoint of its category; names say nothing of colour."""
     for category in categories.values():
-        descriptions = [d for _, d in category.keypoints]
+        names, descriptions = zip(*category.keypoints)
         assert len(set(descriptions)) == len(descriptions)
-        assert not any(colour in name for name, _ in category.keypoints for colour in toy.COLOURS)
+        assert not any(colour in name for name in names for colour in creatures.COLOURS)
 
 
-def test_the_trained_toy_finds_keypoints_of_unseen_categories_by_their_text(world, trained):
-    folder, categories, objects = world
-    texts = [categories[o.category].keypoints for o in objects["test"]]
-    right = ask(trained, folder, objects["test"], texts, decode="median")
-    pck = pck_of_queries(objects["test"], right).mean(0)
-    assert pck[0] > 0.65 and pck[3] > 0.85, pck
-    # asked with the text of the next keypoint, it finds that one
-    shifted = ask(trained, folder, objects["test"], [t[1:] + t[:1] for t in texts], decode="median")
-    assert pck_of_queries(objects["test"], shifted).mean(0)[3] < 0.4
-    back = [points[-1:] + points[:-1] for points in shifted]
-    assert pck_of_queries(objects["test"], back).mean(0)[3] > 0.85
+def test_an_example_is_a_creature_of_a_test_category(tmp_path):
+    path, instance, texts = creatures.draw_example(3, tmp_path / "creature.png")
+    said = " ".join(description for _, description in texts)
+    assert sum(kind in said and colour in said for kind, colour in creatures.UNSEEN) >= 1
+    assert len(texts) == len(instance.keypoints)
+    assert inside(crop_of(instance).from_photo(instance.keypoints)).all()
+    assert crop_of(instance).cut(path, 112).float().std() > 10  # not an empty picture
+
+
+# --------------------------------------------------------------------------------------- the trained network
+
+
+def test_the_trained_toy_finds_keypoints_of_unseen_categories(unseen, found):
+    strict, loose = pck(unseen, [[p.point for p in of_photo] for of_photo in found])
+    assert strict > 0.65
+    assert loose > 0.85
+
+
+def test_asked_with_the_next_keypoints_text_it_finds_that_one(trained, folder, categories, unseen):
+    texts = [categories[o.category_id].keypoints for o in unseen]
+    shifted = ask(trained, folder, unseen, [keypoints[1:] + keypoints[:1] for keypoints in texts])
+    points = [[p.point for p in of_photo] for of_photo in shifted]
+    assert pck(unseen, points)[1] < 0.4
+    assert pck(unseen, [of_photo[-1:] + of_photo[:-1] for of_photo in points])[1] > 0.85
 
 
 @torch.no_grad()
-def test_the_trained_toy_keeps_to_the_template(world, trained):
-    """No draft is struck: one pass for the photos and one for each of the six digits; forcing the format changes nothing."""
-    folder, categories, objects = world
+def test_the_trained_toy_keeps_to_the_format(trained, folder, categories, unseen):
+    """One pass for the photos and one for each of six digits; forcing the format changes nothing."""
     model, chat = trained
-    some = objects["test"][:8]
-    images = normalize(torch.stack([crop_of(o).cut(folder / "data/images" / o.photo, toy.SIZE) for o in some]))
-    questions = [chat.questions(categories[o.category]) for o in some]
+    images = normalize(cut(folder, unseen[:8]))
+    questions = [chat.questions(categories[o.category_id]) for o in unseen[:8]]
     passes = []
     hook = model.llama.norm.register_forward_hook(lambda *_: passes.append(1))
-    free = model.locate(images, questions, chat)
+    free = locate(model, images, questions, chat)
     hook.remove()
     assert len(passes) == 7
-    forced = model.locate(images, questions, chat, constrained=True)
-    assert [[ids for ids, _ in told] for told in free] == [[ids for ids, _ in told] for told in forced]
+    forced = locate(model, images, questions, chat, constrained=True)
+    assert [[p.answer for p in of_photo] for of_photo in free] == [
+        [p.answer for p in of_photo] for of_photo in forced]
 
 
-def test_baselines_by_hand():
-    """other_texts() gives each keypoint another's text; the mean place of a name is the mean of its points as fractions of the crop."""
-    categories = {1: Category("a", [("first mark", "x"), ("second mark", "y"), ("first leg foot", "z")])}
-    o = Object(1, 1, "p", (0, 0, 100, 50), np.array([[10.0, 0], [30, 50], [50, 25]]), np.array([True] * 3))
-    means = toy.mean_places([o], categories)
+def test_confidence_is_the_share_of_points_that_are_right(unseen, found):
+    """Right is what the confidence is about: within a tenth of the crop's side along x and along y."""
+    confidence = np.array([p.confidence for of_photo in found for p in of_photo])
+    right = []
+    for instance, of_photo in zip(unseen, found):
+        crop = crop_of(instance)
+        there = crop.from_photo(np.array([p.point for p in of_photo]))
+        right += (abs(there - crop.from_photo(instance.keypoints)) <= 0.1).all(axis=1).tolist()
+    right = np.array(right)
+    assert len(right) > 400
+    assert abs(confidence.mean() - right.mean()) < 0.1
+    sure = confidence > np.median(confidence)
+    assert right[sure].mean() > right[~sure].mean()
+
+
+# ---------------------------------------------------------------------------------------------- comparisons
+
+
+def test_mean_places_by_hand():
+    """The mean of all points of a name, as fractions of the crop: here 100 pixels wide, from y = -25 on."""
+    texts = [("first mark", "x"), ("second mark", "y"), ("first leg foot", "z")]
+    points = np.array([[10.0, 0], [30, 50], [50, 25]])
+    instance = Instance(1, 1, "photo", (0, 0, 100, 50), points, np.array([True] * 3))
+    means = toy.mean_places([instance], {1: Category("a", texts)})
     assert set(means) == {"mark", "leg foot"}
-    assert np.allclose(means["mark"], [0.2, 0.5]) and np.allclose(means["leg foot"], [0.5, 0.5])
+    assert np.allclose(means["mark"], [0.2, 0.5])
+    assert np.allclose(means["leg foot"], [0.5, 0.5])
 
 
-def test_other_texts_moves_every_text(tmp_path):
-    texts = [{"name": f"first mark {i}", "description": str(i)} for i in range(5)]
-    toy.write_descriptions(tmp_path / "descriptions.json", {1: ("a", texts)})
-    others = toy.other_texts(tmp_path, seed=0)
+def test_shuffling_moves_every_text(tmp_path):
+    texts = [(f"first mark {i}", str(i)) for i in range(5)]
+    creatures.write_descriptions(tmp_path / "descriptions.json", {1: ("a", texts)})
+    others = toy.shuffle_texts(tmp_path, seed=0)
     moved = json.loads((tmp_path / "other_text/descriptions.json").read_text())["keypoint_sets"]["001_a"]
-    assert sorted(others[1]) == list(range(5)) and all(k != i for i, k in enumerate(others[1]))
-    assert [t["description"] for t in moved] == [str(k) for k in others[1]]
+    assert sorted(others[1]) == list(range(5))
+    assert all(other != k for k, other in enumerate(others[1]))
+    assert [text["description"] for text in moved] == [str(other) for other in others[1]]
+
+
+# ------------------------------------------------------------------------------------------------- the runs
+
+
+def test_the_toy_leaves_its_files_and_prints_its_table(tmp_path, monkeypatch, capsys):
+    small = {"train": (12, 1), "val": (1, 1), "test": (2, 2)}  # 12 have a keypoint of every name
+    monkeypatch.setattr(toy, "draw_toy", partial(creatures.draw_toy, subsets=small))
+    monkeypatch.setattr(toy, "RECIPE", SHORT)
+    toy.main(["--out", str(tmp_path), "--seed", "5"])
+    for way in "", "median", "other_text":
+        for file in "report.json", "predictions.json", "predictions.png":
+            assert (tmp_path / way / file).exists()
+    greedy, median = ((tmp_path / way / "predictions.json").read_text() for way in ("", "median"))
+    assert greedy != median
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("toy categories"))
+    table = {line[:50].strip(): [float(cell) for cell in line[50:].split()]
+             for line in lines[start + 1:start + 6]}
+    assert len(table) == 5 and all(len(row) == 4 for row in table.values())
+    for name, way in ("CapeLLM", ""), ("CapeLLM, median of the distributions", "median"):
+        report = json.loads((tmp_path / way / "report.json").read_text())
+        keys = "PCK@0.05", "PCK@0.1", "PCK@0.2", "mPCK"
+        assert table[name] == [round(100 * report[key], 1) for key in keys]
+    assert lines[-1] == f"the picture: {tmp_path}/predictions.png"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Variants run in this process, one at a time -> what they call, (program, arguments) each."""
+    called, programs = [], {"train.py": train.main, "evaluate.py": evaluate.main}
+
+    def call(folder, program, *args):
+        called.append((program, [str(arg) for arg in args]))
+        programs[program](called[-1][1])
+
+    monkeypatch.setattr(variants, "call", call)
+    monkeypatch.setattr(variants.os, "cpu_count", lambda: 1)
+    return called
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder for variants, whose world is drawn."""
+    small = {"train": (2, 3), "val": (1, 1), "test": (2, 2)}
+    creatures.draw_toy(tmp_path / "world-0", 0, small)
+    return tmp_path
+
+
+def compare(out, *compared):
+    variants.compare_variants(out, toy.NETWORK + SHORT, compared)
+    lines = (out / "table.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def report(folder, key):
+    return f"{100 * json.loads((folder / 'report.json').read_text())[key]:.1f}"
+
+
+def test_variants_are_trained_evaluated_and_kept(out, calls):
+    token, dynamic = ("token", "--answer token", 1), ("dynamic", "--rounds dynamic", 1)
+    rows = compare(out, token, dynamic)
+    programs = [program for program, _ in calls]
+    assert programs == ["train.py", "evaluate.py", "train.py"] + 4 * ["evaluate.py"]
+    assert [row[:2] for row in rows] == [
+        ["token", "`--answer token`"], ["dynamic", "`--rounds dynamic`"],
+        ["dynamic", "`--rounds dynamic`, evaluated with `--cumulative`"]]
+    greedy, median = ([report(out / "token-0/greedy", key) for key in ("PCK@0.05", "PCK@0.2")], ["", ""])
+    assert rows[0][2:] == greedy + median
+    for row, ways in zip(rows[1:], (("greedy", "median"), ("cumulative-greedy", "cumulative-median"))):
+        assert row[2:] == [report(out / "dynamic-0" / way, key) for way in ways
+                           for key in ("PCK@0.05", "PCK@0.2")]
+    for way in variants.evaluations("--rounds dynamic"):
+        facts = json.loads((out / "dynamic-0" / way / "report.json").read_text())
+        assert facts.get("cumulative", False) == way.startswith("cumulative")
+    assert compare(out, token, dynamic) == rows
+    assert len(calls) == 7  # nothing was done again
+
+
+def test_a_variant_that_was_stopped_goes_on(out, calls, monkeypatch):
+    work = variants.call
+
+    def stop(folder, program, *args):
+        if "median" in args:
+            raise subprocess.CalledProcessError(130, program)
+        work(folder, program, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(variants, "call", stop)
+        with pytest.raises(InputError, match="name-0: failed"):
+            compare(out, ("name", "--instruction name", 1))
+    assert not (out / "name-0/median").exists()
+    calls.clear()
+    [row] = compare(out, ("name", "--instruction name", 1))
+    (first, resumed), (second, evaluated) = calls
+    assert first == "train.py" and resumed == ["--resume", f"{out}/name-0/ckpt.pt"]
+    assert second == "evaluate.py" and "median" in evaluated
+    assert all(row)
+
+
+def test_a_pretrained_variant_starts_from_its_pretraining(out, calls):
+    compare(out, ("pretrain-step", "--pretrain step", 1))
+    (_, before), (_, after), *_ = calls
+    assert before[before.index("--pretrain") + 1] == "step"
+    assert "--pretrain" not in after
+    assert after[after.index("--init") + 1] == f"{out}/pretrain-step-0/pretraining/ckpt.pt"
+
+
+def test_a_cell_is_the_mean_of_the_seeds_and_its_spread(tmp_path):
+    for seed, value in enumerate((0.7, 0.9, 0.8)):
+        folder = tmp_path / f"name-{seed}/greedy"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps({"PCK@0.2": value}))
+    assert variants.cell(tmp_path, "name", 3, "greedy", "PCK@0.2") == "80.0 (70.0-90.0)"
+    assert variants.cell(tmp_path, "name", 1, "greedy", "PCK@0.2") == "70.0"
+    assert variants.cell(tmp_path, "name", 3, "median", "PCK@0.2") == ""
+
+
+def test_programs_are_called_with_one_thread_and_leave_a_log(tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text("import os, sys\n"
+                                         "print(os.environ['OMP_NUM_THREADS'], *sys.argv[1:])\n"
+                                         "sys.exit(len(sys.argv) - 2)")
+    monkeypatch.setattr(variants, "ROOT", tmp_path)
+    variants.call(tmp_path, "program.py", 7)
+    with pytest.raises(subprocess.CalledProcessError):
+        variants.call(tmp_path, "program.py", 7, 8)
+    assert (tmp_path / "log.txt").read_text() == "1 7\n1 7 8\n"
 
 
 def test_pretraining_leaves_backbones_that_load(tmp_path, monkeypatch):
-    """Four steps of it: seeing, then seeing and talking; the same files as those shipped, with other weights."""
-    for name, value in dict(ASSETS=tmp_path, SHEETS=40, STEPS=4, LOOK=2).items():
-        monkeypatch.setattr(toy, name, value)
-    toy.pretrain()
-    shipped = ROOT / "assets/toy"
+    """Four steps of it: seeing, then seeing and talking; the same files as those shipped, other weights."""
+    for name, value in dict(SHEETS=40, STEPS=4, LOOK=2).items():
+        monkeypatch.setattr(pretrain, name, value)
+    pretrain.make_backbones(tmp_path)
     for file in "vit/config.json", "llm/config.json", "llm/tokenizer.json":
-        assert (tmp_path / file).read_text() == (shipped / file).read_text()
+        assert (tmp_path / file).read_text() == (SHIPPED / file).read_text()
     for network, part in (ViT, "vit"), (Llama, "llm"):
-        made, old = network.load(tmp_path / part), network.load(shipped / part)
-        assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in old.named_parameters()}
-    assert sum(f.stat().st_size for f in shipped.rglob("*") if f.is_file()) < 4e6
+        files = [load_file(folder / part / "model.safetensors") for folder in (tmp_path, SHIPPED)]
+        assert files[0].keys() == files[1].keys()
+        made, shipped = (dict(network.load(folder / part).named_parameters())
+                         for folder in (tmp_path, SHIPPED))
+        assert {name: p.shape for name, p in made.items()} == {name: p.shape for name, p in shipped.items()}
+        assert not any(torch.equal(made[name], shipped[name]) for name in made)
+
+
+def test_the_shipped_toy_is_small():
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 4e6

@@ -1,0 +1,153 @@
+"""What every program needs: errors that a user can fix, JSON, published weights, processes.
+
+Nothing here comes from the paper, so a reader may skip this file.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+
+class InputError(Exception):
+    """Something the user can fix. The message is one line that says what, where and what to do."""
+
+    def __str__(self):
+        # An error in a DataLoader's worker arrives with the worker's traceback before the message.
+        return super().__str__().rpartition("InputError: ")[2].strip()
+
+
+# -------------------------------------------------------------------------------------------------- programs
+
+
+def run(main):
+    """Runs a program. What the user can fix is one line on stderr; defects crash with their traceback."""
+    try:
+        main(sys.argv[1:])
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        if dist.is_initialized():  # without waiting for the other processes
+            sys.stdout.flush()
+            os._exit(2)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def positive(text):
+    """The type of an argument that is a whole number above 0."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def natural(text):
+    """The type of an argument that is a whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
+    return int(text)
+
+
+def start_processes():
+    """-> rank, number of processes, device. Works under torchrun and alone; on CUDA, MPS and the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def silence_worker(_):
+    """The worker_init_fn of our DataLoaders: on Ctrl-C a worker prints no traceback of its broken connection.
+
+    Errors in reading photos still reach the main process: they do not pass through sys.excepthook.
+    """
+    sys.excepthook = lambda *_: None
+
+
+# ------------------------------------------------------------------------------------------------------ JSON
+
+
+def read_json(path, kind=object):
+    """Reads a JSON file whose outermost value is a `kind`, e.g. dict. InputError if it cannot be read."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
+        return content
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
+
+
+def write_json(path, contents):
+    """Writes a JSON file, and the folders above it. InputError if that cannot be done."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e})") from None
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+def load_weights(model, directory, rename, dtype, device):
+    """Fills `model`, built on the meta device, from the safetensors of a folder as the hub lays it out.
+
+    rename(key) returns a list of our names for a tensor of the file. An empty list skips it. If there are
+    several names, the file has fused them, and its rows are cut into that many equal parts. Loading is
+    strict: every parameter must be found exactly once and in its own shape, and nothing else. InputError
+    names the tensor at fault. Each tensor goes to its device and type before the next is read, so host memory
+    never holds more than the model and one shard.
+    """
+    index, shards = find_shards(Path(directory))
+    wanted, loaded = dict(model.named_parameters()), {}
+    for path in shards:
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for key in file.keys():
+                    names = rename(key)
+                    for name, part in zip(names, file.get_tensor(key).chunk(len(names)) if names else []):
+                        check_tensor(path, key, name, part.shape, wanted, loaded)
+                        loaded[name] = part.to(dtype)
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{path}: missing, damaged or truncated ({e}); download it again") from None
+    if missing := wanted.keys() - loaded.keys():
+        raise InputError(f"{index}: {len(missing)} tensors are missing, e.g. {min(missing)}")
+    # strict=False, since the checks above know of tied weights and load_state_dict() does not
+    model.load_state_dict(loaded, strict=False, assign=True)
+
+
+def find_shards(directory):
+    """-> the file that lists the weights of a folder, and the files that hold them, one or several."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.exists():
+        weight_map = read_json(index, dict).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: has no weight_map; download it again")
+        return index, [directory / name for name in sorted(set(weight_map.values()))]
+    if single.exists():
+        return single, [single]
+    raise InputError(f"{directory}: neither {single.name} nor {index.name}; download the weights there")
+
+
+def check_tensor(path, key, name, shape, wanted, loaded):
+    if name not in wanted or name in loaded:
+        raise InputError(f"{path}: unexpected tensor {key}; is config.json the one of these weights?")
+    if shape != wanted[name].shape:
+        raise InputError(
+            f"{path}: {key} has shape {tuple(shape)}, config.json asks for {tuple(wanted[name].shape)}")

@@ -1,0 +1,274 @@
+"""Asking CapeLLM: from photos and questions to points (paper, section 3.2).
+
+The textbook way takes the likeliest next token, feeds it back, and so on: about a dozen passes through the
+decoder for one answer. But most tokens of an answer are known before. Three passes do for all questions about
+a photo:
+
+    pass 1   BOS, 256 image tokens, "\\n"            the photo, once; its keys and values are kept
+    pass 2   User: where is ... Assistant: [0.       each question, and the start of its answer
+             predicts the next token:        123     x, one of a thousand
+    pass 3   123,0.                                  what was chosen, and what follows it
+             predicts: 456                           y, one of a thousand
+
+(A tokenizer that spells digits one by one needs a pass for each digit.) The known tokens are a guess at what
+the model would say. The logits of the same passes tell whether it would, and where it would not the question
+is asked again in the textbook way. So the answers are those of the textbook way, token by token.
+
+Each choice is made from a distribution over numbers, which says more than its likeliest one: see
+read_coordinates(). Letters: P photos, R rows (one conversation each), T new tokens, S slots of the cache, D
+width, V vocabulary. `python decode.py` runs both ways side by side.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chat import Category, Chat
+from data import Crop, normalize
+from lora import load_trainable_state
+from model import CapeLLM
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Where a keypoint is, as far as the model can tell."""
+
+    point: tuple | None  # (x, y) in fractions of the crop; None if the answer holds no coordinates
+    confidence: float | None = None  # the share of the distributions near the point; None if unknown
+    answer: list = ()  # the tokens that the model said
+    x: np.ndarray | None = None  # distribution of x over 0.000 ... 0.999: (1000,); None if unknown
+    y: np.ndarray | None = None
+
+
+# --------------------------------------------------------------------------------------------- conversations
+
+
+class Conversations:
+    """Conversations under way, one a row: their cached keys and values, and which slots of the cache count.
+
+    Rows read blocks of tokens of different lengths, so some slots hold padding. Nothing ever looks at those.
+    """
+
+    def __init__(self, llama, x):
+        """x (R, T, D): embeddings of what all rows begin with."""
+        self.llama, self.cache = llama, {}
+        llama(x, cache=self.cache)
+        self.counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (R, S)
+
+    def select(self, rows):
+        """Goes on with these rows alone. A row that is named several times becomes several conversations."""
+        rows = torch.tensor(rows, dtype=torch.long, device=self.counts.device)
+        for i, (k, v) in self.cache.items():  # layer by layer, so that little is held twice
+            self.cache[i] = k[rows], v[rows]  # (R, G, S, d)
+        self.counts = self.counts[rows]
+
+    def read(self, blocks):
+        """Reads a block of tokens in each row: R lists of any lengths -> hidden states (R, T, D)."""
+        T, device = max(map(len, blocks)), self.counts.device
+        tokens = torch.tensor([block + [0] * (T - len(block)) for block in blocks], device=device)  # (R, T)
+        lengths = torch.tensor([len(block) for block in blocks], device=device)
+        new = torch.arange(T, device=device) < lengths[:, None]  # (R, T), False for padding
+        positions = self.counts.sum(1, keepdim=True) + torch.arange(T, device=device)
+        # a query sees what counts in the cache, and its own block up to itself
+        cached = self.counts[:, None].expand(-1, T, -1)  # (R, T, S)
+        within = new[:, None] & new.new_ones(T, T).tril()  # (R, T, T)
+        mask = torch.cat((cached, within), dim=2)[:, None]  # (R, 1, T, S + T)
+        unpadded = new.flatten().nonzero()[:, 0] if lengths.min() < T else None
+        x = self.llama.embed_tokens(tokens)
+        hidden = self.llama(x, positions, mask, self.cache, unpadded)
+        self.counts = torch.cat((self.counts, new), dim=1)
+        return hidden
+
+    def forget(self, rows, start):
+        """Makes these rows forget what they have read since the cache had `start` slots."""
+        self.counts[rows, start:] = False
+
+
+def read_photos(model, images, chat):
+    """The first pass: BOS, image tokens and "\\n", one conversation a photo."""
+    start = torch.tensor([[chat.bos, *chat.newline]], device=images.device)
+    text = model.llama.embed_tokens(start).expand(len(images), -1, -1)  # (P, 2, D)
+    return Conversations(model.llama, torch.cat((text[:, :1], model.see(images), text[:, 1:]), dim=1))
+
+
+# --------------------------------------------------------------------------------------------------- answers
+
+
+def answer_plainly(conversations, questions, answer_format):
+    """Greedy decoding as in a textbook: read the question, take the likeliest next token, read it, and so on.
+
+    questions: a token list for each row; where it is empty, so is the answer. -> R answers.
+    """
+    llama, answers, unread = conversations.llama, [[] for _ in questions], questions
+    while any(unread):
+        hidden = conversations.read(unread)  # (R, T, D)
+        rows = [r for r, block in enumerate(unread) if block]
+        last = hidden[rows, [len(unread[r]) - 1 for r in rows]]  # (rows, D)
+        for r, token in zip(rows, llama.lm_head(last).argmax(-1).tolist()):
+            answers[r].append(token)
+        end, most = answer_format.ending[-1], answer_format.max_tokens
+        done = [not a or a[-1] == end or len(a) == most for a in answers]
+        unread = [[] if is_done else a[-1:] for is_done, a in zip(done, answers)]
+    return answers
+
+
+def answer_in_format(conversations, questions, answer_format):
+    """A pass for each choice, with the tokens that are known before it fed along. Every row keeps the format.
+
+    -> R answers; for each, whether the model would have said just this; and the distributions over
+    answer_format.digits that its choices were made from.
+    """
+    llama, answers, unread = conversations.llama, [[] for _ in questions], questions
+    own, distributions = torch.ones(len(questions), dtype=torch.bool), [[] for _ in questions]
+    digits = torch.tensor(answer_format.digits, device=conversations.counts.device)
+    for known in answer_format.known:
+        blocks = [block + known for block in unread]
+        hidden = conversations.read(blocks)  # (R, T, D)
+        # The last positions of a block predict the known tokens and then the choice:
+        #   block       ...  "Assistant"  ":"    " ["   "0"   "."
+        #   predicts                      " ["   "0"    "."   the choice
+        n = len(known) + 1
+        last = torch.tensor([[len(block) - n + i for i in range(n)] for block in blocks])  # (R, n)
+        logits = llama.lm_head(hidden[torch.arange(len(blocks))[:, None], last]).float()  # (R, n, V)
+        choice = digits[logits[:, -1, digits].argmax(-1)].tolist()
+        said = [known + [digit] for digit in choice]
+        own &= (logits.argmax(-1).cpu() == torch.tensor(said)).all(1)
+        for r, p in enumerate(logits[:, -1, digits].softmax(-1).cpu().numpy()):
+            answers[r] += said[r]
+            distributions[r].append(p)
+        unread = [[digit] for digit in choice]
+    return answers, own.tolist(), distributions
+
+
+def answer_questions(conversations, questions, answer_format, constrained=False):
+    """Greedy decoding: fast where the model keeps to the format, plain where it does not.
+
+    -> a pair for each row: its answer, and the distributions of its choices, None if it was answered plainly.
+    constrained: keep to the format in any case.
+    """
+    start, R = conversations.counts.shape[1], len(questions)
+    answers, own, distributions = [None] * R, [False] * R, [None] * R
+    if answer_format.known:
+        answers, own, distributions = answer_in_format(conversations, questions, answer_format)
+    others = [r for r in range(R) if not (own[r] or constrained and answer_format.known)]
+    if others:
+        conversations.forget(others, start)
+        asked = [question if r in others else [] for r, question in enumerate(questions)]
+        plain = answer_plainly(conversations, asked, answer_format)
+        for r in others:
+            answers[r], distributions[r] = plain[r], None
+    return list(zip(answers, distributions))
+
+
+@torch.no_grad()
+def locate(model, images, questions, chat, decode="greedy", constrained=False, cumulative=False):
+    """Asks each photo its questions. images (P, 3, h, w), normalised; questions: for each photo, token lists.
+
+    -> for each photo a list of Predictions, one for each question. decode: see read_coordinates().
+    constrained: keep all answers to the answer_format, so that none is malformed. cumulative: ask a photo's
+    questions one after another in one conversation, with the model's own answers between them, and not all at
+    once.
+    """
+    conversations = read_photos(model, images, chat)
+    rows = list(range(len(images)))  # the photo of each conversation
+    unread = [[] for _ in images]  # what was said in it but not yet read
+    if chat.opening:  # what is in the photo?
+        said = answer_questions(conversations, [chat.opening] * len(images), chat.words)
+        unread = [chat.words.still_to_read(words) for words, _ in said]
+    turns = [[(p, question) for p, asked in enumerate(questions) for question in asked]]
+    if cumulative:
+        turns = [[(p, asked[turn]) for p, asked in enumerate(questions) if turn < len(asked)]
+                 for turn in range(max(map(len, questions), default=0))]
+    predictions = [[] for _ in images]
+    for turn in filter(None, turns):
+        sources = [rows.index(p) for p, _ in turn]  # the conversation that each question continues
+        conversations.select(sources)
+        rows = [p for p, _ in turn]
+        asked = [unread[r] + question for r, (_, question) in zip(sources, turn)]
+        if chat.keypoint is None:
+            said = answer_questions(conversations, asked, chat.coordinates, constrained)
+            unread = [chat.coordinates.still_to_read(tokens) for tokens, _ in said]
+            found = [read_coordinates(*one, chat, decode) for one in said]
+        else:
+            found = point_out(model, conversations, asked, chat)
+            unread = [[chat.eos] for _ in asked]
+        for p, prediction in zip(rows, found):
+            predictions[p].append(prediction)
+    return predictions
+
+
+def point_out(model, conversations, questions, chat):
+    """Table 8: reads <KEYPOINT> behind each question, and the point off its hidden state."""
+    blocks = [[*question, chat.keypoint] for question in questions]
+    hidden = conversations.read(blocks)[range(len(blocks)), [len(block) - 1 for block in blocks]]  # (R, D)
+    return [Prediction(tuple(point), None, [chat.keypoint, chat.eos])
+            for point in model.keypoint_head(hidden.float()).tolist()]
+
+
+# ----------------------------------------------------------------------------------------------- coordinates
+
+
+def read_coordinates(answer, distributions, chat, decode="greedy"):
+    """An answer and its choices' distributions -> Prediction.
+
+    decode: "greedy", the paper's way, takes the digits that were chosen; "median" and "mean" are those of
+    each coordinate's distribution. It matters most where digits are chosen one by one: a model that wavers
+    between 0.199 and 0.201 may choose 0.1 and then, among the digits that follow, anything.
+    """
+    point = chat.parse(answer)
+    if distributions is None:
+        return Prediction(point, None, answer)
+    n = len(distributions) // 2
+    x, y = number_distribution(distributions[:n]), number_distribution(distributions[n:])
+    if decode == "median":
+        point = tuple((p.cumsum() < 0.5).sum() / 1000 for p in (x, y))
+    elif decode == "mean":
+        point = tuple(p @ np.arange(1000) / 1000 for p in (x, y))
+    return Prediction(point, mass_near(point[0], x) * mass_near(point[1], y), answer, x, y)
+
+
+def number_distribution(distributions):
+    """The distributions of one number's successive digits -> that of the number: (1000,).
+
+    What follows a digit is known for the likeliest digit alone. The share of every other digit is spread
+    evenly over the numbers that begin with it. If the first digit is 2 at 70 % and 1 at 30 %, and after the 2
+    comes a 0 at 90 %, then 63 % go to 0.200 ... 0.209, and each of 0.100 ... 0.199 gets 0.3 %.
+    """
+    p, mass, start, width = np.zeros(1000), 1.0, 0, 1000
+    for digit in distributions:  # (10,) if digits come one by one, (1000,) if the number is one token
+        width //= len(digit)
+        p[start:start + width * len(digit)] = np.repeat(mass * digit / width, width)
+        start, mass = start + width * digit.argmax(), mass * digit.max()
+    return p / p.sum()
+
+
+def mass_near(value, distribution, reach=0.1):
+    """How much of a distribution over 0.000 ... 0.999 lies within `reach` of a value."""
+    return float(distribution[np.abs(np.arange(1000) / 1000 - value) <= reach + 1e-9].sum())
+
+
+if __name__ == "__main__":
+    toy = Path(__file__).parent / "assets/toy"
+    chat, model = Chat(toy / "llm"), CapeLLM.load(toy / "vit", toy / "llm", image_size=112).eval()
+    load_trainable_state(model, torch.load(toy / "ckpt.pt", weights_only=True)["model"])
+    image = normalize(Crop(132.5, 108, 125).cut(toy / "creature.jpg", 112)[None])
+    asked = ["the knob on the antenna that is purple", "the sharp end of the green horn", "the orange heart"]
+    questions = chat.questions(Category("creature", [("first mark", text) for text in asked]))
+    passes = []
+    model.llama.norm.register_forward_hook(lambda *_: passes.append(1))
+    for way, decode in ("plain", answer_plainly), ("in format", answer_questions):
+        passes.clear()
+        began = time.perf_counter()
+        with torch.no_grad():
+            conversations = read_photos(model, image, chat)
+            conversations.select([0] * len(questions))
+            found = decode(conversations, questions, chat.coordinates)
+        seconds = time.perf_counter() - began
+        answers = found if decode is answer_plainly else [tokens for tokens, _ in found]
+        print(f"{way}: {len(passes)} passes, {seconds:.3f} s, "
+              f"{'  '.join(chat.tokenizer.decode(tokens) for tokens in answers)}")
+    for text, p in zip(asked, locate(model, image, [questions], chat, decode="median")[0]):
+        print(f"{text:40} median ({p.point[0]:.3f}, {p.point[1]:.3f}), confidence {p.confidence:.2f}")

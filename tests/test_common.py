@@ -1,0 +1,284 @@
+"""common.py: errors that arrive in one line, JSON, arguments, and the strict loader of published weights."""
+
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import LLAMA, LLAMA3, VIT, edit_config, edit_weights, save_random
+from conftest import ROOT
+
+import common
+from common import InputError, natural, positive, read_json, run, silence_worker, start_processes, write_json
+from data import Crop
+from llama import Llama
+from vit import ViT
+
+# -------------------------------------------------------------------------------------------------- programs
+
+
+class Photos(torch.utils.data.Dataset):
+    """The same photo, as often as one likes."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, _):
+        return Crop(4, 4, 8).cut(self.path, 14)
+
+
+def test_an_input_error_of_a_loaders_worker_arrives_as_its_one_line(tmp_path):
+    path, messages = tmp_path / "absent.png", []
+    for n_workers in 0, 1:
+        batches = torch.utils.data.DataLoader(
+            Photos(path), num_workers=n_workers, worker_init_fn=silence_worker)
+        with pytest.raises(InputError) as error:
+            next(iter(batches))
+        messages.append(str(error.value))
+    here, from_worker = messages
+    assert from_worker == here
+    assert here.startswith(f"{path}: not a readable photo (") and "\n" not in here
+
+
+def start(monkeypatch, main):
+    """Runs a program as if it had been called with the arguments a and b."""
+    monkeypatch.setattr(sys, "argv", ["program.py", "a", "b"])
+    run(main)
+
+
+def raising(error):
+    def main(argv):
+        raise error
+    return main
+
+
+def test_a_program_gets_its_arguments_and_ends_its_process_group(monkeypatch, capsys):
+    seen = []
+    start(monkeypatch, seen.append)
+    assert seen == [["a", "b"]]
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(common.dist, "destroy_process_group", lambda: seen.append("destroyed"))
+    start(monkeypatch, seen.append)
+    assert seen[1:] == [["a", "b"], "destroyed"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_the_user_can_mend_is_one_line_and_defects_crash(monkeypatch, capsys):
+    for error, code, said in [(InputError("a.json: no such file"), 2, "error: a.json: no such file\n"),
+                              (KeyboardInterrupt(), 130, "stopped\n")]:
+        with pytest.raises(SystemExit) as end:
+            start(monkeypatch, raising(error))
+        assert end.value.code == code
+        assert capsys.readouterr() == ("", said)
+    with pytest.raises(ZeroDivisionError):
+        start(monkeypatch, raising(ZeroDivisionError()))
+
+
+class Exit(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_one_of_several_processes_ends_at_once_and_what_it_printed_is_kept(monkeypatch, capsys):
+    """sys.exit() would wait for the others, which wait for this one."""
+    def end(code):
+        raise Exit(code)
+
+    def main(argv):
+        print("step 5")
+        raise InputError("a.json: no such file")
+    printed = io.BytesIO()
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed))
+    with pytest.raises(Exit) as exit_code:
+        start(monkeypatch, main)
+    assert exit_code.value.args == (2,)
+    assert printed.getvalue() == b"step 5\n"
+    assert capsys.readouterr().err == "error: a.json: no such file\n"
+
+
+@pytest.mark.parametrize("text, is_natural, is_positive", [
+    ("0", True, False), ("00", True, False), ("1", True, True), ("12", True, True), ("-1", False, False),
+    ("1.5", False, False), ("1e3", False, False), ("", False, False), (" 1", False, False),
+    ("ten", False, False), ("\u00b2", False, False)])
+def test_arguments_are_whole_numbers(text, is_natural, is_positive):
+    for kind, is_fine, says in (natural, is_natural, "0 or more"), (positive, is_positive, "above 0"):
+        if is_fine:
+            assert kind(text) == int(text)
+        else:
+            with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not a whole number,? {says}$"):
+                kind(text)
+
+
+def test_a_process_alone_is_the_first_of_one(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    rank, world, device = start_processes()
+    assert (rank, world) == (0, 1)
+    assert isinstance(device, torch.device)
+
+
+def test_a_silenced_worker_prints_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # so that it is put back
+    silence_worker(0)
+    sys.excepthook(OSError, OSError("broken connection"), None)
+    assert capsys.readouterr() == ("", "")
+
+
+# ------------------------------------------------------------------------------------------------------ JSON
+
+
+def test_json_is_read_as_it_was_written_into_a_new_folder(tmp_path):
+    contents = {"names": ["Öhr", "ear"], "points": [[0.5, None]]}
+    path = tmp_path / "a/b/c.json"
+    write_json(path, contents)
+    assert read_json(path) == read_json(str(path), dict) == contents
+
+
+@pytest.mark.parametrize("content, kind, says", [
+    (None, dict, "no such file"),
+    (b"", dict, r"cannot be read as JSON \(.+\)"),
+    (b'{"a": ', object, r"cannot be read as JSON \(.+\)"),
+    (b'{"a": "\xff"}', object, r"cannot be read as JSON \(.+\)"),
+    (b"[1]", dict, r"cannot be read as JSON \(it holds a list, not a dict\)"),
+    (b"{}", list, r"cannot be read as JSON \(it holds a dict, not a list\)"),
+])
+def test_json_that_cannot_be_read_is_named(tmp_path, content, kind, says):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^{path}: {says}$"):
+        read_json(path, kind)
+
+
+def test_json_that_cannot_be_read_or_written_for_a_folder_in_its_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in tmp_path, tmp_path / "file/a.json":
+        with pytest.raises(InputError, match=rf"^{path}: cannot be written \([^\n]+\)$"):
+            write_json(path, {})
+    with pytest.raises(InputError, match=rf"^{tmp_path}: cannot be read as JSON \([^\n]+\)$"):
+        read_json(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def truncate(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+INDEX = "model.safetensors.index.json"
+FIRST, LAST = "model-00001-of-00006.safetensors", "model-00006-of-00006.safetensors"
+KEY = "model.layers.0.self_attn.k_proj.weight"  # in the first file
+TWIN = "model.layers.1.self_attn.k_proj.weight"  # in the fourth
+BROKEN_LLAMA = {  # what is done to the folder, and what the message must say
+    "missing tensor": (
+        edit_weights(FIRST, **{KEY: None}), [f"{INDEX}: 1 tensors", KEY.removeprefix("model.")]),
+    "extra tensor": (edit_weights(FIRST, spare=torch.ones(2)), [FIRST, "spare"]),
+    "tensor twice": (edit_weights(FIRST, **{TWIN: torch.ones(32, 64)}), ["model-00004-of", TWIN]),
+    "wrong shape": (edit_weights(FIRST, **{KEY: torch.ones(32, 48)}), [FIRST, KEY, "(32, 48)", "(32, 64)"]),
+    "truncated shard": (truncate(LAST), [LAST, "truncated"]),
+    "index names an absent shard": (remove(LAST), [LAST, "missing"]),
+    "absent index": (remove(INDEX), [INDEX, "neither model.safetensors"]),
+    "index without a map": (write(INDEX, "{}"), [INDEX, "weight_map"]),
+    "index that is no object": (write(INDEX, "[]"), [INDEX, "not a dict"]),
+    "absent config": (remove("config.json"), ["config.json", "no such file"]),
+    "broken config": (write("config.json", '{"model_type": '), ["config.json", "JSON"]),
+    "config that is no object": (write("config.json", "[1]"), ["config.json"]),
+    "config without sizes": (write("config.json", '{"model_type": "llama"}'), ["config.json", "hidden_size"]),
+    "other network": (edit_config(model_type="gemma"), ["config.json", "gemma"]),
+    "sliding window": (
+        edit_config(model_type="mistral", sliding_window=4096), ["config.json", "sliding window"]),
+    "other rope": (edit_config(rope_parameters=dict(rope_type="yarn")), ["config.json", "yarn"]),
+    "llama3 rope without factor": (edit_config(rope_parameters=LLAMA3), ["config.json", "factor"]),
+}
+BROKEN_VIT = {
+    "missing tensor": (
+        edit_weights(**{"layernorm.bias": None}), ["model.safetensors: 1 tensors", "norm.bias"]),
+    "other network": (edit_config(model_type="vit"), ["config.json", "'vit'"]),
+    "patches that do not fit": (edit_config(patch_size=16), ["70", "patch size 16"]),
+}
+
+
+def check_message(load, folder, says):
+    with pytest.raises(InputError) as error:
+        load()
+    message = str(error.value)
+    assert all(text in message for text in [str(folder), *says]), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("case", BROKEN_LLAMA)
+def test_the_loader_names_what_is_wrong_with_a_llama(case, tmp_path):
+    pytest.importorskip("transformers")
+    break_it, says = BROKEN_LLAMA[case]
+    save_random(tmp_path, **LLAMA)
+    break_it(tmp_path)
+    check_message(lambda: Llama.load(tmp_path), tmp_path, says)
+
+
+@pytest.mark.parametrize("case", BROKEN_VIT)
+def test_the_loader_names_what_is_wrong_with_a_vit(case, tmp_path):
+    pytest.importorskip("transformers")
+    break_it, says = BROKEN_VIT[case]
+    save_random(tmp_path, **VIT)
+    break_it(tmp_path)
+    check_message(lambda: ViT.load(tmp_path, image_size=70), tmp_path, says)
+
+
+def test_fused_tensors_are_cut_in_order_and_what_is_not_needed_is_left(tmp_path):
+    """Rows 0 to 3 of "qkv" become q, 4 to 7 k, 8 to 11 v, in the type asked for; "unused" is not an error."""
+    from safetensors.torch import save_file
+    rows = torch.arange(24.0).view(12, 2)
+    save_file({"qkv": rows, "unused": torch.ones(5)}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.empty(4, 2)) for name in "qkv"})
+
+    def rename(key):
+        return [] if key == "unused" else ["q", "k", "v"]
+    common.load_weights(model, tmp_path, rename, torch.float64, "cpu")
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert torch.equal(torch.cat([model[name] for name in "qkv"]), rows.double())
+
+
+MEASURE = """if True:
+    import sys, torch, llama
+
+    def read(key):  # MiB
+        return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) / 1024
+
+    # a small one first: what torch imports along the way does not count
+    llama.Llama.load(sys.argv[1], dtype=torch.bfloat16)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+    before = read("VmRSS")
+    model = llama.Llama.load(sys.argv[2], dtype=torch.bfloat16)
+    print(read("VmHWM") - before, sum(p.nbytes for p in model.parameters()) / 2**20)"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_holds_the_model_and_one_shard_at_most(tmp_path):
+    pytest.importorskip("transformers")
+    small, big = tmp_path / "small", tmp_path / "big"
+    save_random(small, **LLAMA)
+    save_random(big, **LLAMA | dict(hidden_size=512, intermediate_size=3328, num_hidden_layers=5,
+                                    max_shard_size="25MB"))
+    command = [sys.executable, "-c", MEASURE, str(small), str(big)]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    growth, size = map(float, said.split())
+    shard = max(path.stat().st_size for path in big.iterdir()) / 2**20
+    shutil.rmtree(big)  # 120 MB
+    assert size < growth < size + shard + 12, f"{growth:.0f} MiB for {size:.0f} in shards of {shard:.0f}"
