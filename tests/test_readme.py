@@ -1,6 +1,7 @@
-"""Every command and every JSON of README, run in a folder laid out as README says, with tiny weights and made-up photos.
+"""Every command of README and REPRODUCE runs as written, and prints what they say it prints.
 
-The two commands that install packages are run by .ci/run.
+The folder is laid out as they say, with tiny weights, made-up photos and a few creatures. The two commands
+that install packages, and the toy itself, are run by .ci/run.
 """
 
 import json
@@ -11,76 +12,133 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ROOT
+from mp100 import make_mp100
 from PIL import Image
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+from data import read_descriptions
+from toyworld.creatures import draw_toy
+
+TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "REPRODUCE.md")}
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+# What a test shortens: the loops over splits train one split, whose results stand for the others.
+SHORTER = [("for s in 2 3 4 5; do torchrun --nproc_per_node 4 train.py",
+            "for s in 2; do torchrun --nproc_per_node 2 train.py --epochs 1"),
+           ("torchrun --nproc_per_node 4 evaluate.py", "torchrun --nproc_per_node 2 evaluate.py"),
+           ("for s in 1 2 3 4 5; do python evaluate.py", "for s in 1 2; do python evaluate.py"),
+           ("train.py --split 1", "train.py --split 1 --epochs 1")]
 
 
-def make_mp100(folder, subset, categories, n):
-    """n photos of noise with one object each, keypoints anywhere inside the box, the first two visible; the same in all five splits."""
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(n):
-        category, K = categories[i % len(categories)]
-        file = f"{subset}/{i}.jpg"
-        (folder / "images" / subset).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(folder / "images" / file)
-        points = np.column_stack((rng.uniform(20, 90, (K, 2)), np.arange(K) < 2))
-        images.append({"id": i, "file_name": file, "width": 120, "height": 90})
-        annotations.append({"id": i, "image_id": i, "category_id": category, "bbox": [10, 5, 100, 80], "area": 8000, "iscrowd": 0,
-                            "keypoints": points.flatten().tolist(), "num_keypoints": 2})
-    (folder / "annotations").mkdir(exist_ok=True)
-    contents = {"images": images, "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c, _ in categories]}
-    for split in range(1, 6):
-        (folder / "annotations" / f"mp100_split{split}_{subset}.json").write_text(json.dumps(contents))
+def commands_of(text):
+    """[(command, the output that is printed below its block or None), ...] of a text's ```bash blocks."""
+    found = []
+    for block, output in re.findall(r"```bash\n(.*?)```(?:\n\s*```\n(.*?)```)?", text, re.S):
+        lines = [line.strip() for line in block.strip().splitlines()]
+        found += [(line, None) for line in lines[:-1]] + [(lines[-1], output or None)]
+    return [(command, output) for command, output in found if not command.startswith("pip ")]
 
 
-def test_commands_of_readme_run_as_written(tiny, tmp_path):
-    for item in [*ROOT.glob("*.py"), ROOT / "descriptions.json", ROOT / "assets"]:
-        (tmp_path / item.name).symlink_to(item)
-    for name in "Llama-3.1-8B", "dinov2-large":
-        shutil.copytree(tiny / ("llm" if "Llama" in name else "vit"), tmp_path / "weights" / name)
-    make_mp100(tmp_path / "data/mp100", "train", [(1, 8), (98, 8)], 4)
-    make_mp100(tmp_path / "data/mp100", "test", [(2, 17), (84, 10)], 4)
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (330, 350, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+def assert_alike(said, expected):
+    """The same lines. Numbers may differ by 2 %, since other machines round otherwise; times may be any."""
+    said, expected = ([line.rstrip() for line in text.strip("\n").splitlines()] for text in (said, expected))
+    assert [NUMBER.sub("0", line) for line in said] == [NUMBER.sub("0", line) for line in expected]
+    for ours, theirs in zip(said, expected):
+        ours, theirs = (re.sub(r"[\d.]+ s\b", "", line).replace(",", "") for line in (ours, theirs))
+        numbers = [[float(n) for n in NUMBER.findall(line)] for line in (ours, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.02), (ours, theirs)
 
-    blocks = re.findall(r"`([^`\n]+\.json)`[^`]*?(?:`[^`\n]+`[^`]*?)?:\n+```json\n(.*?)```", README, re.S)
-    assert [name for name, _ in blocks] == ["teapots.json", "data/teapots/annotations/mp100_split1_train.json"]
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """What a reader has who follows README and REPRODUCE, in small."""
+    folder = tmp_path_factory.mktemp("reader")
+    for item in [*ROOT.glob("*.py"), ROOT / "toyworld", ROOT / "descriptions.json", ROOT / "assets"]:
+        (folder / item.name).symlink_to(item)
+    shutil.copytree(tiny / "llm", folder / "weights/Llama-3.1-8B")
+    shutil.copytree(tiny / "vit", folder / "weights/dinov2-large")
+    make_mp100(folder / "data/mp100", read_descriptions(ROOT / "descriptions.json"), splits=range(1, 6),
+               instances={"train": {1: 2, 98: 2}, "test": {2: 2, 84: 2}}, is_visible=lambda i, k: k < 2)
+    noise = np.random.default_rng(1).integers(0, 256, (330, 350, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "photo.jpg")
+    draw_toy(folder / "runs/toy", 0, {"train": (3, 4), "val": (1, 2), "test": (2, 3)})
+    shutil.copy(ROOT / "assets/toy/ckpt.pt", folder / "runs/toy/ckpt.pt")
+
+    named_block = r"`([^`\n]+\.json)`[^`]*?(?:`[^`\n]+`[^`]*?)?:\n+```json\n(.*?)```"
+    blocks = re.findall(named_block, TEXTS["README.md"], re.S)
+    names = [name for name, _ in blocks]
+    assert names == ["teapots.json", "data/teapots/annotations/mp100_split1_train.json"]
     for name, text in blocks:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(json.dumps(json.loads(text)))
-    shutil.copy(tmp_path / blocks[1][0], tmp_path / "data/teapots/annotations/mp100_split1_test.json")
-    (tmp_path / "data/teapots/images/teapot").mkdir(parents=True)
-    Image.new("RGB", (320, 240), "tan").save(tmp_path / "data/teapots/images/teapot/0001.jpg")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(json.loads(text)))
+    shutil.copy(folder / blocks[1][0], folder / "data/teapots/annotations/mp100_split1_test.json")
+    (folder / "data/teapots/images/teapot").mkdir(parents=True)
+    Image.new("RGB", (320, 240), "tan").save(folder / "data/teapots/images/teapot/0001.jpg")
+    return folder
 
-    bin_folder = os.path.dirname(sys.executable)
-    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    commands = [c for c in COMMANDS if not c.startswith("pip ")]
-    # as written, but for the loop over splits, which would take minutes: one process and one epoch
-    commands = [c.replace("torchrun --nproc_per_node 4", "python").replace("train.py", "train.py --epochs 1 --workers 1") if "do torch" in c
-                else c for c in commands]
-    assert len(commands) == 13
-    said = {}
-    for command in commands:
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        said[command.startswith("python -c")] = done.stdout
+
+def run_command(command, folder):
+    """Runs a command as a reader would, in their folder -> what it printed."""
+    for long, short in SHORTER:
+        command = command.replace(long, short)
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_the_papers_result_is_reproduced_by_the_commands(folder):
+    commands = commands_of(TEXTS["REPRODUCE.md"])
+    assert len(commands) == 8
+    for command, _ in commands:
+        said = run_command(command, folder)
+        if command.startswith("for s in 2"):
+            for split in 3, 4, 5:
+                shutil.copytree(folder / "runs/split2", folder / f"runs/split{split}")
+        if command.startswith("for s in 1"):
+            for split in 3, 4, 5:
+                shutil.copy(folder / "runs/split2/pairs.json", folder / f"runs/split{split}")
+        if command.startswith("python -c"):  # Table 2: pairs and query, five splits and their mean
+            rows = [list(map(float, line.split())) for line in said.splitlines()]
+            assert [len(row) for row in rows] == [6, 6]
+            assert all(abs(sum(row[:5]) / 5 - row[5]) < 0.02 for row in rows)
     for file in "ckpt.pt", "report.json", "predictions.json", "predictions.png":
-        assert (tmp_path / "runs/split1" / file).exists() and (tmp_path / "runs/teapots" / file).exists()
-    table = [list(map(float, line.split())) for line in said[True].splitlines()]  # Table 2: pairs and query, five splits and their mean
-    assert [len(row) for row in table] == [6, 6] and all(abs(sum(row[:5]) / 5 - row[5]) < 0.02 for row in table)
-    assert (tmp_path / "photo.keypoints.png").exists() and (tmp_path / "creature.keypoints.png").exists()
+        assert (folder / "runs/split1" / file).exists()
+
+
+def test_readmes_commands_run_and_print_what_it_says(folder):
+    """After the other test, since README asks a checkpoint that REPRODUCE's commands train."""
+    commands = commands_of(TEXTS["README.md"])
+    again = {command for command, _ in commands_of(TEXTS["REPRODUCE.md"])}
+    outputs = 0
+    for command, output in commands:
+        if command not in again:
+            said = run_command(command, folder)
+            if output:
+                assert_alike(said, output)
+                outputs += 1
+    assert len(commands) == 20 and outputs == 8
+    for file in "ckpt.pt", "report.json", "predictions.json", "predictions.png":
+        assert (folder / "runs/teapots" / file).exists()
+    for picture in "photo.keypoints.png", "creature.keypoints.png", "runs/crops.png":
+        assert (folder / picture).exists()
 
 
 def test_commands_that_install_are_those_of_ci():
     ci = (ROOT / ".ci/run").read_text()
-    for command in COMMANDS:
-        if command.startswith("pip "):
-            assert command in ci
+    installs = re.findall(r"^pip .*$", "\n".join(TEXTS.values()), re.M)
+    assert len(installs) == 2 and all(command in ci for command in installs)
 
 
-def test_readme_names_every_module():
+def test_readme_names_every_module_and_its_length():
     for module in ROOT.glob("*.py"):
-        assert f"`{module.name}`" in README
+        assert f"`{module.name}`" in TEXTS["README.md"]
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", TEXTS["README.md"], re.M):
+        assert int(lines) == len((ROOT / name).read_text().splitlines()), name
+
+
+def test_readmes_figures_are_there():
+    for text in TEXTS.values():
+        for figure in re.findall(r"\]\((assets/[^)]+)\)", text):
+            assert (ROOT / figure).exists()
