@@ -5,6 +5,7 @@ Nothing here comes from the paper, so a reader may skip this file.
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -56,6 +57,19 @@ def natural(text):
     return int(text)
 
 
+def between(low, high):
+    """The type of an argument that is a number from low to high, which infinity and NaN are not."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+        return value
+    return parse
+
+
 def start_processes():
     """-> rank, number of processes, device. Works under torchrun and alone; on CUDA, MPS and the CPU."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -89,16 +103,21 @@ def read_json(path, kind=object):
         return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
 
 
 def write_json(path, contents):
-    """Writes a JSON file, and the folders above it. InputError if that cannot be done."""
+    """Writes a JSON file whole or not at all, and the folders above it. InputError if that cannot be done."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        os.replace(part, path)
     except OSError as e:
+        if part.is_file():
+            part.unlink()
         raise InputError(f"{path}: cannot be written ({e})") from None
 
 

@@ -90,6 +90,9 @@ def make_instance(annotation, photo, categories, path):
     if len(points) != len(category.keypoints):
         raise InputError(f"{path}: annotation {number} has {len(points)} keypoints, but {category.name} has "
                          f"{len(category.keypoints)} descriptions")
+    file = Path(photo["file_name"])
+    if file.is_absolute() or ".." in file.parts:
+        raise InputError(f"{path}: the photo {file} of annotation {number} is not below images/")
     box = (x1, y1, x2 - x1, y2 - y1)
     return Instance(number, category_id, photo["file_name"], box, points[:, :2], points[:, 2] > 0)
 

@@ -243,7 +243,7 @@ def parse_arguments(argv):
     add("checkpoint", nargs="?", help="what train.py wrote")
     add("--score", metavar="JSON", help="score these predictions instead")
     add("--data", help="MP-100; default: that of the checkpoint, or data/mp100")
-    add("--split", type=int, help="default: that of the checkpoint, or 1")
+    add("--split", type=positive, help="default: that of the checkpoint, or 1")
     add("--subset", choices=["train", "val", "test"], default="test")
     add("--descriptions", help="texts that replace those of the same category")
     add("--llm", help="where its weights are now, if they were moved since")
@@ -259,7 +259,7 @@ def parse_arguments(argv):
         help="go on without objects whose photo or prediction is missing")
     add("--batch", type=positive, default=64, help="questions asked at a time: memory against speed")
     add("--workers", type=natural, default=2, help="processes that read photos, per GPU")
-    add("--out", help="folder of the results; default: that of the checkpoint")
+    add("--out", help="folder of the results; default: that of the checkpoint, with val/ or train/ for those")
     add("--report", metavar="JSON", help="where the report goes; default: report.json in --out")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.score):
@@ -315,7 +315,8 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, root, annotatio
     facts["without photo"] = n_annotated - len(instances)
     report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
     print_report(report)
-    out = Path(args.out or Path(args.checkpoint).parent)
+    folder = Path(args.checkpoint).parent
+    out = Path(args.out or (folder if args.subset == "test" else folder / args.subset))
     write_json(args.report or out / "report.json", report)
     write_json(out / "predictions.json", [
         {"annotation_id": instance.annotation_id, "keypoints": points,

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from chat import INSTRUCTIONS, PRETRAINING, Chat
-from common import InputError, natural, positive, run, silence_worker, start_processes
+from common import InputError, between, natural, positive, run, silence_worker, start_processes
 from data import (
     TrainingSet,
     collate,
@@ -54,7 +54,7 @@ def build_parser():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("files").add_argument
     add("--data", default="data/mp100", help="MP-100: annotations/ and images/")
-    add("--split", type=int, default=1, help="1 to 5")
+    add("--split", type=positive, default=1, help="1 to 5")
     add("--descriptions", default="descriptions.json", help="names and descriptions of all keypoints")
     add("--llm", default="weights/Llama-3.1-8B", help="config.json, tokenizer.json, *.safetensors")
     add("--vit", default="weights/dinov2-large", help="config.json, model.safetensors")
@@ -73,10 +73,10 @@ def build_parser():
     add("--batch", type=positive, default=128, help="conversations in an optimizer step")
     add("--micro-batch", type=positive, default=1,
         help="conversations in a forward pass: memory against speed")
-    add("--lr", type=float, default=5e-4)
-    add("--warmup", type=float, default=0.03, help="share of the steps, then cosine to 0")
-    add("--weight-decay", type=float, default=0.01)
-    add("--clip", type=float, default=0, help="largest norm of the gradient, 0 for none")
+    add("--lr", type=between(0, 1), default=5e-4)
+    add("--warmup", type=between(0, 1), default=0.03, help="share of the steps, then cosine to 0")
+    add("--weight-decay", type=between(0, 1), default=0.01)
+    add("--clip", type=between(0, 1e6), default=0, help="largest norm of the gradient, 0 for none")
     add("--instruction", choices=INSTRUCTIONS, default="description",
         help="how keypoints are asked: Tables 3, 6, 7")
     add("--rounds", type=rounds_type, default=4,
@@ -135,10 +135,14 @@ def save_checkpoint(path, **contents):
     """Writes a new file and then renames it, so that there is a whole checkpoint at any moment."""
     part = path.with_suffix(".part")
     try:
+        part.unlink(missing_ok=True)  # it may be a link, which must not be followed
         torch.save(contents, part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch's writer says RuntimeError for a full disk
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink()
         raise InputError(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
                          "free some space and --resume") from None
 
@@ -263,9 +267,11 @@ def fit(model, optimizer, batches, first_step, steps, args, path, rank, world, d
             if world > 1:
                 dist.all_reduce(loss)
             loss = loss.item() / world  # waits for the GPU, so that the clock below is right
-            seconds = time.perf_counter() - began
+            seconds, done = time.perf_counter() - began, step + 1
+            if not (math.isfinite(loss) and norm.isfinite()):
+                raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}; {path} was not touched; "
+                                 "start again with a lower --lr or with --clip 1")
             bar.update()
-            done = step + 1
             if rank == 0 and (done % args.log_every == 0 or done == steps):
                 bar.write(f"step {done:5d}  epoch {epoch + 1:2d}  loss {loss:.4f}  "
                           f"lr {group['lr']:.2e}  |grad| {norm.item():.3f}  "

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from checkpoints import LLAMA, LLAMA3, VIT, edit_config, edit_weights, save_rand
 from conftest import ROOT
 
 import common
-from common import InputError, natural, positive, read_json, run, silence_worker, start_processes, write_json
+from common import (
+    InputError,
+    between,
+    natural,
+    positive,
+    read_json,
+    run,
+    silence_worker,
+    start_processes,
+    write_json,
+)
 from data import Crop
 from llama import Llama
 from vit import ViT
@@ -146,6 +157,7 @@ def test_json_is_read_as_it_was_written_into_a_new_folder(tmp_path):
     (b"", dict, r"cannot be read as JSON \(.+\)"),
     (b'{"a": ', object, r"cannot be read as JSON \(.+\)"),
     (b'{"a": "\xff"}', object, r"cannot be read as JSON \(.+\)"),
+    (b"[" * 100_000, object, r"cannot be read as JSON \(maximum recursion depth .+\)"),
     (b"[1]", dict, r"cannot be read as JSON \(it holds a list, not a dict\)"),
     (b"{}", list, r"cannot be read as JSON \(it holds a dict, not a list\)"),
 ])
@@ -155,6 +167,30 @@ def test_json_that_cannot_be_read_is_named(tmp_path, content, kind, says):
         path.write_bytes(content)
     with pytest.raises(InputError, match=rf"^{path}: {says}$"):
         read_json(path, kind)
+
+
+def test_a_full_disk_leaves_the_json_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    write_json(path, {"PCK": 1})
+
+    def fill_up(part, text, **_):
+        part.write_bytes(text[:3].encode())
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", fill_up)
+    with pytest.raises(InputError, match="report.json: cannot be written .*No space left"):
+        write_json(path, {"PCK": 2})
+    assert read_json(path) == {"PCK": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text, is_fine", [
+    ("0", True), ("5e-4", True), ("1", True), ("1.1", False), ("-0.1", False), ("nan", False), ("inf", False),
+    ("", False), ("much", False)])
+def test_arguments_are_numbers_within_bounds(text, is_fine):
+    if is_fine:
+        assert between(0, 1)(text) == float(text)
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 0 to 1"):
+            between(0, 1)(text)
 
 
 def test_json_that_cannot_be_read_or_written_for_a_folder_in_its_place_is_named(tmp_path):

@@ -104,7 +104,7 @@ def test_the_benchmarks_quirks(benchmark):
     assert (sizes[18], sizes[40]) == (19, 68)
 
 
-def read_one(folder, **changes):
+def read_one(folder, file_name="plate/1.png", **changes):
     """What read_instances() makes of a file with one annotation, a plate on a photo of 100 x 80 pixels.
 
     A change to None of "area" or "iscrowd" leaves that field out.
@@ -114,7 +114,7 @@ def read_one(folder, **changes):
     for key in "area", "iscrowd":
         if annotation[key] is None:
             del annotation[key]
-    photo = dict(id=10**15, file_name="plate/1.png", width=100, height=80)
+    photo = dict(id=10**15, file_name=file_name, width=100, height=80)
     (folder / "a.json").write_text(json.dumps({"images": [photo], "annotations": [annotation]}))
     return read_instances(folder / "a.json", CATEGORIES)
 
@@ -154,6 +154,9 @@ NOT_NUMBERS = [
 @pytest.mark.parametrize("changes, says", [
     (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 5 has 2 keypoints, but plate has 1 description"),
     (dict(category_id=7), "category 7 has no descriptions"),
+    *((dict(file_name=name), "annotation 5 is not below images/")
+      for name in ("/etc/1.png", "../1.png", "plate/../../1.png")),
+    *((dict(file_name=name), "not an MP-100 annotation file") for name in (None, 1, ["1.png"])),
     *((changes, "annotation 5 .*not a number") for changes in NOT_NUMBERS),
     *((changes, "") for changes in (dict(keypoints=[1, 2, 2, 3]), dict(bbox=None), dict(bbox=[1, 2, 3]),
                                     dict(image_id=[]))),

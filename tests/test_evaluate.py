@@ -447,6 +447,11 @@ def test_split_and_subset_are_those_of_the_checkpoint_unless_said(evaluated, che
     report = json.loads((tmp_path / "there.json").read_text())
     assert (report["split"], report["subset"], report["objects"]) == (1, "train", 6)
 
+    test_report = (tmp_path / "report.json").read_bytes()
+    evaluate.main(command_line(*argv, "--split", 1, "--subset", "train"))
+    assert read_results(tmp_path / "train")[0]["subset"] == "train"
+    assert (tmp_path / "report.json").read_bytes() == test_report
+
 
 def test_distributions_are_not_kept(evaluated, monkeypatch):
     """They are 16 kB a keypoint, which would be handed from process to process."""

@@ -412,7 +412,10 @@ def test_real_photographs_train_and_evaluate_end_to_end(shared, tiny, tmp_path):
     (["--micro-batch", 3], "--batch 4 is not a multiple of --micro-batch 3 x 1"),
     (["--llm", "nowhere"], "nowhere/tokenizer.json"),
     (["--vit", "nowhere"], "nowhere/config.json"),
-    (["--split", 6], "mp100_split6_train.json: no such file"),
+    (["--split", 6], "mp100_split6_train.json: no such file"), (["--split", 0], "0 is not a whole number"),
+    (["--lr", "nan"], "nan is not a number from 0 to 1"), (["--lr=-1"], "-1 is not a number from 0 to 1"),
+    (["--warmup", 5], "5 is not a number from 0 to 1"), (["--weight-decay=-1"], "-1 is not a number"),
+    (["--clip", "inf"], "inf is not a number from 0 to 1e+06"),
     (["--resume", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
     (["--image-size", 57], "57 is not a multiple"),
     (["--descriptions", "nowhere.json"], "nowhere.json: no such file"),
@@ -470,6 +473,9 @@ def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(
     trained(*how, "--epochs", 1)
     conversations = [joined(row) for _, _, tokens, *_ in trained_on for row in tokens.tolist()]
     labels = [row for _, _, _, labels, *_ in trained_on for row in labels.tolist()]
+    for *_, points, conversation in trained_on:
+        assert (points is not None) == ("token" in how)
+        assert (conversation is not None) == ("--pack" in how)
     asked = spy_on(evaluate, "locate", monkeypatch)
     checkpoint = tmp_path / "run" / "ckpt.pt"
     evaluate.main(command_line(checkpoint))
@@ -616,6 +622,32 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(arguments, tmp_path, monke
     assert error.args[-1] in line and str(tmp_path / "run" / "ckpt.pt") in line
     assert read_checkpoint(tmp_path / "run")["step"] == 2
     assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_before_it_is_saved(arguments, tmp_path, monkeypatch, what):
+    losses, forward = [], CapeLLM.forward
+
+    def break_in_the_third_step(self, *batch):
+        losses.append(forward(self, *batch))
+        if len(losses) == 9 and what == "loss":  # 4 micro-batches a step
+            return losses[-1] * math.nan
+        if len(losses) == 9:
+            losses[-1].register_hook(lambda gradient: gradient * math.inf)
+        return losses[-1]
+    monkeypatch.setattr(CapeLLM, "forward", break_in_the_third_step)
+    line = refused(train, arguments("--save-every", 1))
+    assert "step 3: loss" in line and "--lr" in line and len(losses) == 12
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert checkpoint["step"] == 2 and all(t.isfinite().all() for t in checkpoint["model"].values())
+
+
+def test_a_link_in_place_of_the_unfinished_checkpoint_is_not_followed(trained, tmp_path):
+    (tmp_path / "precious").write_text("thesis")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/ckpt.part").symlink_to(tmp_path / "precious")
+    trained("--epochs", 1)
+    assert (tmp_path / "precious").read_text() == "thesis"
 
 
 def test_workers_do_not_print_the_traceback_of_a_broken_connection(trained, tmp_path):
