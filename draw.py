@@ -59,7 +59,7 @@ def draw_instance(path, crop, names, predicted, annotated=None, side=360):
 
 
 def draw_sheet(path, instances, predicted, categories, root, n=12):
-    """Draws the first instances, taking turns between categories, n in all and three to a row."""
+    """Draws n instances, three to a row: the first of each category, then the second of each, and so on."""
     turns, seen = [], Counter()
     for i, instance in enumerate(instances):
         turns.append((seen[instance.category_id], i))
@@ -90,7 +90,7 @@ def draw_sheet(path, instances, predicted, categories, root, n=12):
 
 
 def save_picture(picture, path):
-    """InputError if that cannot be done."""
+    """Writes a picture. InputError if that cannot be done."""
     try:
         picture.save(path)
     except (OSError, ValueError) as e:  # ValueError: a name whose ending is no kind of picture

@@ -49,11 +49,10 @@ def pck_of_queries(instances, predicted):
 
 
 def pck_of_pairs(instances, predicted, category_order):
-    """The 60,000 support-query pairs of earlier work: 200 times one support and 15 queries of each category.
+    """Earlier work's 60,000 support-query pairs: 200 times one support and 15 queries of each category.
 
-    Keypoints count that are visible in both; a pair without any scores 0. CapeLLM's answers do not depend on
-    the support. -> (pairs, 5): shares of keypoints hit, and the pairs as (support, query) indices of
-    instances.
+    Only keypoints visible in both count; a pair that shares none scores 0. CapeLLM's answers do not depend on
+    the support. -> (pairs, 5): shares of keypoints hit, and the pairs, (support, query) indices of instances.
     """
     members = defaultdict(list)
     for i, instance in enumerate(instances):
@@ -107,7 +106,8 @@ def read_predictions(path, instances, allow_missing):
         for entry in raw:
             if entry["annotation_id"] in points:
                 raise InputError(f"{path}: annotation {entry['annotation_id']} is predicted twice")
-            points[entry["annotation_id"]] = [p and (float(p[0]), float(p[1])) for p in entry["keypoints"]]
+            points[entry["annotation_id"]] = [
+                None if p is None else (float(p[0]), float(p[1])) for p in entry["keypoints"]]
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as e:
         raise InputError(f'{path}: not [{{"annotation_id": 7, "keypoints": [[x, y], ...]}}, ...] '
                          f"({type(e).__name__}: {e})") from None
@@ -149,10 +149,10 @@ def check_decoding(chat, decode, constrained=False):
 
 
 def predict(model, chat, crops, images, categories, cumulative=False, **how):
-    """Asks for all keypoints. images uint8 (P, 3, size, size): the pixels of `crops`; categories: of each
-    photo.
+    """Asks for all keypoints of photos. images uint8 (P, 3, size, size), the pixels of `crops`.
 
-    -> for each photo a list of Predictions, with points in pixels of the photo. how: see decode.locate().
+    crops, images and categories have one entry for each photo. -> for each photo a list of Predictions, with
+    points in pixels of the photo. how: see decode.locate().
     """
     device = model.projection.weight.device
     questions = [chat.questions(category, cumulative) for category in categories]
@@ -162,7 +162,7 @@ def predict(model, chat, crops, images, categories, cumulative=False, **how):
 
 
 class Photos(torch.utils.data.Dataset):
-    """Instances -> (index, crop), the crop None if the photo cannot be read."""
+    """Instances -> (index, image of the crop), the image None if the photo cannot be read."""
 
     def __init__(self, instances, root, size):
         self.instances, self.root, self.size = instances, root, size
@@ -179,10 +179,10 @@ class Photos(torch.utils.data.Dataset):
 
 
 def make_batches(instances, n_questions):
-    """Indices of instances in batches of at most n_questions keypoints, though at least one instance.
+    """-> batches, lists of indices, of at most n_questions keypoints. An instance with more is alone.
 
-    The heaviest come first, so that a batch too large for the memory shows at once. A batch depends on
-    nothing but the instances, so every number of processes computes the same.
+    The heaviest come first, so that a batch too large for the memory shows at once. Batches depend on nothing
+    but the instances, so every number of processes computes the same.
     """
     batches, free = [], 0
     for i in sorted(range(len(instances)), key=lambda i: -len(instances[i].keypoints)):
@@ -196,9 +196,7 @@ def make_batches(instances, n_questions):
 
 
 def predict_instances(model, chat, instances, categories, batches, **how):
-    """batches of (index, crop) -> {index: Predictions of its keypoints}, None for a photo that cannot be
-    read.
-    """
+    """Asks about batches of (index, image) -> {index: list of Predictions}, None for an unreadable photo."""
     results = {}
     for batch in batches:
         results.update({i: None for i, image in batch if image is None})
@@ -271,7 +269,7 @@ def parse_arguments(argv):
 
 
 def find_categories(path, replacements):
-    """The texts of a run, but `replacements` where it has the category. The run's file may then be gone."""
+    """The run's descriptions, but `replacements` for categories that it has. The run's file may be gone."""
     categories = read_descriptions(path) if Path(path).exists() or not replacements else {}
     return categories | read_descriptions(replacements) if replacements else categories
 

@@ -118,7 +118,7 @@ def parse_arguments(argv):
 
 
 def read_checkpoint(path):
-    """-> "args", "model", "optimizer" and "step" of a checkpoint. InputError if it is none."""
+    """-> what save_checkpoint() wrote: args, model, optimizer and step. InputError if it is no checkpoint."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(checkpoint[key], dict) for key in ("args", "model", "optimizer")):
@@ -209,7 +209,7 @@ def micro_batches(n, steps, args, rank, world):
 
 
 def seed_dropout(seed, number):
-    """Makes dropout depend on the seed and on the micro-batch, whose number counts all of the run's.
+    """Makes dropout depend on the seed and the micro-batch's number, counted over the run and all processes.
 
     The number is spread over two ranges of bits, since a CPU's generator looks at only 32 bits of a seed.
     """
