@@ -168,9 +168,8 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False, c
     """Asks each photo its questions. images (P, 3, h, w), normalised; questions: for each photo, token lists.
 
     -> for each photo a list of Predictions, one for each question. decode: see read_coordinates().
-    constrained: keep all answers to the answer_format, so that none is malformed. cumulative: ask a photo's
-    questions one after another in one conversation, with the model's own answers between them, and not all at
-    once.
+    constrained: keep all answers to the format, so that none is malformed. cumulative: ask a photo's
+    questions one after another in one conversation, with the model's own answers between them, not all at once.
     """
     conversations = read_photos(model, images, chat)
     rows = list(range(len(images)))  # the photo of each conversation
@@ -178,6 +177,7 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False, c
     if chat.opening:  # what is in the photo?
         said = answer_questions(conversations, [chat.opening] * len(images), chat.words)
         unread = [chat.words.still_to_read(words) for words, _ in said]
+    # a turn is a list of (photo, question) that are asked together: all at once, or one for each photo
     turns = [[(p, question) for p, asked in enumerate(questions) for question in asked]]
     if cumulative:
         turns = [[(p, asked[turn]) for p, asked in enumerate(questions) if turn < len(asked)]

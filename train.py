@@ -341,7 +341,10 @@ def main(argv):
     model = load_model(args, device, checkpoint)
     optimizer, step = make_optimizer(model, args, device), 0
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, ValueError) as e:
+            raise InputError(f"{args.resume}: its optimizer is not of such a run ({e}); start anew") from None
         step = checkpoint["step"]
     model.llama.checkpoint_activations = args.checkpoint_activations
     if args.compile:

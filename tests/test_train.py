@@ -648,6 +648,13 @@ def test_a_link_in_place_of_the_unfinished_checkpoint_is_not_followed(trained, t
     assert (tmp_path / "precious").read_text() == "thesis"
 
 
+def test_a_checkpoint_with_another_optimizer_is_not_resumed(arguments, trained, tmp_path):
+    checkpoint = trained("--epochs", 1)
+    checkpoint["optimizer"]["param_groups"].pop()
+    torch.save(checkpoint, path := tmp_path / "run/ckpt.pt")
+    assert f"{path}: its optimizer is not of such a run" in refused(train, ["--resume", path])
+
+
 def test_workers_do_not_print_the_traceback_of_a_broken_connection(trained, tmp_path):
     """Which they would if Ctrl-C came while they send a photo."""
     with silent_workers(train.TrainingSet, tmp_path):
