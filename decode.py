@@ -169,7 +169,7 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False, c
 
     -> for each photo a list of Predictions, one for each question. decode: see read_coordinates().
     constrained: keep all answers to the format, so that none is malformed. cumulative: ask a photo's
-    questions one after another in one conversation, with the model's own answers between them, not all at once.
+    questions one after another in one conversation, with the model's answers between them, not all at once.
     """
     conversations = read_photos(model, images, chat)
     rows = list(range(len(images)))  # the photo of each conversation
