@@ -250,9 +250,14 @@ BROKEN_VIT = {
 }
 
 
-def check_message(load, folder, says):
+def refuse_broken(folder, network, case, load):
+    """Saves a random network, breaks it, and sees that loading it names what is wrong in one line."""
+    pytest.importorskip("transformers")
+    break_it, says = case
+    save_random(folder, **network)
+    break_it(folder)
     with pytest.raises(InputError) as error:
-        load()
+        load(folder)
     message = str(error.value)
     assert all(text in message for text in [str(folder), *says]), message
     assert "\n" not in message
@@ -260,20 +265,12 @@ def check_message(load, folder, says):
 
 @pytest.mark.parametrize("case", BROKEN_LLAMA)
 def test_the_loader_names_what_is_wrong_with_a_llama(case, tmp_path):
-    pytest.importorskip("transformers")
-    break_it, says = BROKEN_LLAMA[case]
-    save_random(tmp_path, **LLAMA)
-    break_it(tmp_path)
-    check_message(lambda: Llama.load(tmp_path), tmp_path, says)
+    refuse_broken(tmp_path, LLAMA, BROKEN_LLAMA[case], Llama.load)
 
 
 @pytest.mark.parametrize("case", BROKEN_VIT)
 def test_the_loader_names_what_is_wrong_with_a_vit(case, tmp_path):
-    pytest.importorskip("transformers")
-    break_it, says = BROKEN_VIT[case]
-    save_random(tmp_path, **VIT)
-    break_it(tmp_path)
-    check_message(lambda: ViT.load(tmp_path, image_size=70), tmp_path, says)
+    refuse_broken(tmp_path, VIT, BROKEN_VIT[case], lambda folder: ViT.load(folder, image_size=70))
 
 
 def test_fused_tensors_are_cut_in_order_and_what_is_not_needed_is_left(tmp_path):
