@@ -27,6 +27,7 @@ class Category:
 
     name: str
     keypoints: list  # of (name, description), in the order of the annotations
+    skeleton: list = ()  # pairs of indices of keypoints that a line joins in pictures
 
 
 @dataclass(frozen=True)

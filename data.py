@@ -40,13 +40,19 @@ class Instance:
 
 
 def read_descriptions(path):
-    """descriptions.json -> {category id: Category}. InputError says which entry is wrong."""
-    raw, categories = read_json(path), {}
+    """A file such as descriptions.json -> {category id: Category}. InputError says which entry is wrong."""
+    return parse_descriptions(read_json(path), path)
+
+
+def parse_descriptions(raw, path):
+    """The contents of such a file -> {category id: Category}. path: where they are from, for messages."""
+    categories = {}
     try:
         for category_id, entry in raw["categories"].items():
-            keypoints = raw["keypoint_sets"][entry["keypoint_set"]]
-            keypoints = [(keypoint["name"], keypoint["description"]) for keypoint in keypoints]
-            categories[int(category_id)] = Category(entry["name"], keypoints)
+            name = entry["keypoint_set"]
+            keypoints = [(point["name"], point["description"]) for point in raw["keypoint_sets"][name]]
+            skeleton = [(a, b) for a, b in raw.get("skeletons", {}).get(name, [])]
+            categories[int(category_id)] = Category(entry["name"], keypoints, skeleton)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise InputError(f"{path}: entry {e} is missing or not as README's \"Your own data\" shows") from None
     return categories

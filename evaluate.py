@@ -20,11 +20,19 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoint import load_trained, read_checkpoint
 from common import InputError, natural, positive, read_json, run, silence_worker, start_processes, write_json
-from data import crop_of, keep_readable, normalize, read_descriptions, read_instances, refuse_missing
+from data import (
+    crop_of,
+    keep_readable,
+    normalize,
+    parse_descriptions,
+    read_descriptions,
+    read_instances,
+    refuse_missing,
+)
 from decode import locate
 from draw import draw_sheet
-from train import load_chat, load_model, read_checkpoint
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
 
@@ -127,16 +135,6 @@ def read_predictions(path, instances, allow_missing):
 
 
 # -------------------------------------------------------------------------------------------- asking a model
-
-
-def load_trained(checkpoint, device, llm=None, vit=None):
-    """What read_checkpoint() gave -> its network and Chat. llm, vit: where the weights are now, if moved."""
-    trained = argparse.Namespace(**checkpoint["args"])
-    if trained.pretrain:
-        raise InputError("the checkpoint is one of --pretrain, which locates nothing; "
-                         "train from it with train.py --init")
-    trained.llm, trained.vit = llm or trained.llm, vit or trained.vit
-    return load_model(trained, device, checkpoint).eval(), load_chat(trained)
 
 
 def check_decoding(chat, decode, constrained=False):
@@ -268,19 +266,21 @@ def parse_arguments(argv):
     return args
 
 
-def find_categories(path, replacements):
-    """The run's descriptions, but `replacements` for categories that it has. The run's file may be gone."""
-    categories = read_descriptions(path) if Path(path).exists() or not replacements else {}
-    return categories | read_descriptions(replacements) if replacements else categories
+def find_categories(args, checkpoint):
+    """{category id: Category}: the checkpoint's own, but for --descriptions, which replace some or all."""
+    if not checkpoint:
+        return read_descriptions(args.descriptions or "descriptions.json")
+    own = parse_descriptions(checkpoint["descriptions"], args.checkpoint)
+    return own | read_descriptions(args.descriptions) if args.descriptions else own
 
 
 def main(argv):
     args = parse_arguments(argv)
-    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else {"args": {}}
-    trained = checkpoint["args"]
+    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
+    trained = checkpoint["args"] if checkpoint else {}
     root, split = args.data or trained.get("data", "data/mp100"), args.split or trained.get("split", 1)
     annotations = Path(root, "annotations", f"mp100_split{split}_{args.subset}.json")
-    categories = find_categories(trained.get("descriptions", "descriptions.json"), args.descriptions)
+    categories = find_categories(args, checkpoint)
     instances = read_instances(annotations, categories)
     if not instances:
         raise InputError(f"{annotations}: no object to evaluate")

@@ -15,11 +15,11 @@ from pathlib import Path
 from PIL import Image
 
 from chat import Category
+from checkpoint import load_trained, read_checkpoint
 from common import InputError, read_json, run, start_processes
 from data import UNREADABLE, Crop
 from draw import draw_instance, save_picture
-from evaluate import check_decoding, load_trained, predict
-from train import read_checkpoint
+from evaluate import check_decoding, predict
 
 
 def parse_keypoints(text, descriptions):

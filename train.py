@@ -11,7 +11,6 @@ so a restart or the number of workers changes nothing, and the number of process
 
 import argparse
 import math
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -23,20 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from chat import INSTRUCTIONS, PRETRAINING, Chat
-from common import InputError, between, natural, positive, run, silence_worker, start_processes
+from chat import INSTRUCTIONS, PRETRAINING
+from checkpoint import load_chat, load_model, read_checkpoint, save_checkpoint
+from common import InputError, between, natural, positive, read_json, run, silence_worker, start_processes
 from data import (
     TrainingSet,
     collate,
     count_groups,
     keep_readable,
     normalize,
+    parse_descriptions,
     plan_epoch,
-    read_descriptions,
     read_instances,
 )
-from lora import load_trainable_state, trainable_state
-from model import CapeLLM
+from lora import trainable_state
 
 # of dense bf16 products, from data sheets
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A6000": 154.8, "4090": 165.2, "3090": 71}
@@ -114,63 +113,6 @@ def parse_arguments(argv):
     return args
 
 
-# ----------------------------------------------------------------------------------------------- checkpoints
-
-
-def read_checkpoint(path):
-    """-> what save_checkpoint() wrote: args, model, optimizer and step. InputError if it is no checkpoint."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(checkpoint[key], dict) for key in ("args", "model", "optimizer")):
-            raise TypeError
-        return {key: checkpoint[key] for key in ("args", "model", "optimizer", "step")}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as e:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a checkpoint of this program, or a damaged one "
-                         f"({type(e).__name__})") from None
-
-
-def save_checkpoint(path, **contents):
-    """Writes a new file and then renames it, so that there is a whole checkpoint at any moment."""
-    part = path.with_suffix(".part")
-    try:
-        part.unlink(missing_ok=True)  # it may be a link, which must not be followed
-        torch.save(contents, part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it takes the old one's name
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch's writer says RuntimeError for a full disk
-        if part.is_file():
-            part.unlink()
-        raise InputError(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
-                         "free some space and --resume") from None
-
-
-def load_model(args, device, checkpoint=None):
-    """The network of a run's arguments, with the trained weights of its checkpoint if there is one."""
-    torch.manual_seed(args.seed)  # adapters and projection start alike in all processes
-    model = CapeLLM.load(args.vit, args.llm, args.image_size, args.tune_vit, args.tune_llm, args.answer,
-                         device)
-    try:
-        if checkpoint:
-            load_trainable_state(model, checkpoint["model"])
-        elif args.init:
-            weights = read_checkpoint(args.init)["model"]
-            projection = {name: weights[f"projection.{name}"] for name in ("weight", "bias")
-                          if f"projection.{name}" in weights}
-            load_trainable_state(model.projection, projection)
-    except ValueError as e:
-        init = f"--init {args.init}: " if args.init and not checkpoint else ""
-        raise InputError(f"{init}{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None
-    return model
-
-
-def load_chat(args):
-    instruction = PRETRAINING[args.pretrain] if args.pretrain else INSTRUCTIONS[args.instruction]
-    return Chat(args.llm, instruction, args.answer)
-
-
 # -------------------------------------------------------------------------------------------------- schedule
 
 
@@ -237,8 +179,8 @@ def load_batches(instances, categories, chat, args, first_step, epoch_steps, ran
             yield epoch, loader
 
 
-def fit(model, optimizer, batches, first_step, steps, args, path, rank, world, device):
-    """The training loop. batches: what load_batches() yields."""
+def fit(model, optimizer, batches, first_step, steps, args, save, rank, world, device):
+    """The training loop. batches: what load_batches() yields. save(steps done) writes a checkpoint."""
     learner = model
     if world > 1:
         learner = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
@@ -269,8 +211,8 @@ def fit(model, optimizer, batches, first_step, steps, args, path, rank, world, d
             loss = loss.item() / world  # waits for the GPU, so that the clock below is right
             seconds, done = time.perf_counter() - began, step + 1
             if not (math.isfinite(loss) and norm.isfinite()):
-                raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}; {path} was not touched; "
-                                 "start again with a lower --lr or with --clip 1")
+                raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}; the checkpoint of an earlier "
+                                 "step was not touched; start again with a lower --lr or with --clip 1")
             bar.update()
             if rank == 0 and (done % args.log_every == 0 or done == steps):
                 bar.write(f"step {done:5d}  epoch {epoch + 1:2d}  loss {loss:.4f}  "
@@ -278,8 +220,7 @@ def fit(model, optimizer, batches, first_step, steps, args, path, rank, world, d
                           f"{n_tokens * world / seconds:,.0f} tokens/s"
                           f"{memory_and_mfu(model, n_tokens / seconds, device)}")
             if rank == 0 and (done % args.save_every == 0 or done == steps):
-                save_checkpoint(path, args=vars(args), model=trainable_state(model),
-                                optimizer=optimizer.state_dict(), step=done, epoch=epoch)
+                save(done)
 
 
 def describe_parameters(model, say):
@@ -330,7 +271,8 @@ def main(argv):
                          f"x {world} processes")
 
     # ---- data
-    chat, categories = load_chat(args), read_descriptions(args.descriptions)
+    descriptions = read_json(args.descriptions)
+    chat, categories = load_chat(args), parse_descriptions(descriptions, args.descriptions)
     annotations = Path(args.data, "annotations", f"mp100_split{args.split}_train.json")
     instances = read_instances(annotations, categories)
     instances = keep_readable(instances, args.data, categories, args.allow_missing)
@@ -361,8 +303,13 @@ def main(argv):
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"{path.parent}: cannot be made ({e})") from None
+
+    def save(step):
+        save_checkpoint(path, args=vars(args), descriptions=descriptions, model=trainable_state(model),
+                        optimizer=optimizer.state_dict(), step=step)
+
     batches = load_batches(instances, categories, chat, args, step, epoch_steps, rank, world, device)
-    fit(model, optimizer, batches, step, args.epochs * epoch_steps, args, path, rank, world, device)
+    fit(model, optimizer, batches, step, args.epochs * epoch_steps, args, save, rank, world, device)
     say(f"done: {path}")
 
 

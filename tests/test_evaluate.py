@@ -371,11 +371,9 @@ def test_other_descriptions_replace_those_of_their_categories(evaluated, tmp_pat
     assert set(asked) == {*others, *wagons}
 
 
-def test_descriptions_of_a_checkpoint_may_be_gone_if_others_are_given(checkpoint, tmp_path):
+def test_a_checkpoint_holds_its_descriptions(checkpoint, tmp_path):
     change(checkpoint, tmp_path / "ckpt.pt", descriptions=str(tmp_path / "gone.json"))
-    argv = [tmp_path / "ckpt.pt", "--workers", 0]
-    assert "gone.json: no such file" in refused(evaluate, argv)
-    evaluate.main(command_line(*argv, "--descriptions", checkpoint / "data" / "descriptions.json"))
+    evaluate.main(command_line(tmp_path / "ckpt.pt", "--workers", 0))
     report, _ = read_results(tmp_path)
     assert report["objects"] == 6
 

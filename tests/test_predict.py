@@ -10,8 +10,8 @@ from programs import command_line, refused, train_briefly
 
 import evaluate
 import predict
+from checkpoint import read_checkpoint
 from evaluate import predict as ask
-from train import read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,14 @@ import evaluate
 import toy
 import train
 from chat import Category
+from checkpoint import load_chat, load_model, read_checkpoint
 from common import InputError
 from data import Instance, crop_of, inside, normalize, read_descriptions, read_instances
 from decode import locate
 from evaluate import pck_of_queries, predict
 from llama import Llama
 from toyworld import creatures, pretrain, sheets, variants
-from train import load_chat, load_model, parse_arguments, read_checkpoint
+from train import parse_arguments
 from vit import ViT
 
 SHIPPED = ROOT / "assets/toy"
