@@ -6,6 +6,7 @@ optimizer's state, and how many steps are done. Frozen weights stay where they w
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 
@@ -76,5 +77,11 @@ def load_trained(checkpoint, device, llm=None, vit=None):
     if trained.pretrain:
         raise InputError("the checkpoint is one of --pretrain, which locates nothing; "
                          "train from it with train.py --init")
-    trained.llm, trained.vit = llm or trained.llm, vit or trained.vit
+    trained.llm, trained.vit = find_weights(llm or trained.llm), find_weights(vit or trained.vit)
     return load_model(trained, device, checkpoint).eval(), load_chat(trained)
+
+
+def find_weights(folder):
+    """A folder below the current one or, for programs that are called from elsewhere, beside this file."""
+    beside = Path(__file__).parent / folder
+    return folder if not beside.exists() or Path(folder).exists() else str(beside)

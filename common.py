@@ -39,6 +39,8 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # what read our output has ended, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -105,6 +107,14 @@ def read_json(path, kind=object):
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
+
+
+def make_folder(path):
+    """Makes a folder and those above it. InputError if that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be made ({e})") from None
 
 
 def write_json(path, contents):

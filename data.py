@@ -154,7 +154,10 @@ class Crop:
 
     def cut(self, path, size):
         """Reads a photo -> its crop, uint8 (3, size, size), black outside. InputError if it is unreadable."""
-        photo, shrink = open_reduced(path, self.side, size)
+        return self.cut_from(*open_reduced(path, self.side, size), size)
+
+    def cut_from(self, photo, shrink, size):
+        """The same from an RGB image that is `shrink` times smaller than the photo."""
         n = max(size, round(self.side / shrink))  # cut at full resolution, then reduce with antialiasing
         origin = self.to_photo((0.0, 0.0)) / shrink
         step = self.rotation * (self.side / shrink / n)  # in the photo, for each pixel of the square
@@ -177,15 +180,22 @@ def open_reduced(path, side, size):
             photo.draft(None, [math.ceil(2 * size / side * n) for n in photo.size])
             photo.load()
             shrink = round(width / photo.width)
-            if photo.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
-                photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
-            if photo.mode != "RGB":  # convert() would copy it
-                photo = photo.convert("RGB")
+            photo = to_rgb(photo)
     except UNREADABLE as e:
         raise InputError(f"{path}: not a readable photo ({e})") from None
-    if (block := int(side / shrink / (2 * size))) > 1:
-        photo, shrink = photo.reduce(block), shrink * block
-    return photo, shrink
+    return average_blocks(photo, shrink, side, size)
+
+
+def to_rgb(photo):
+    if photo.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
+        photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
+    return photo if photo.mode == "RGB" else photo.convert("RGB")  # which would copy it
+
+
+def average_blocks(photo, shrink, side, size):
+    """An RGB image that shrank already -> the same averaged over blocks of pixels, and how much it shrank."""
+    block = int(side / shrink / (2 * size))
+    return (photo.reduce(block), shrink * block) if block > 1 else (photo, shrink)
 
 
 def inside(points):

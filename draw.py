@@ -58,6 +58,10 @@ def draw_instance(path, crop, names, predicted, annotated=None, side=360):
     return tile
 
 
+def draw_points(photo, box, category, predicted, annotated=None, confidence=None, size=1440):
+    return photo
+
+
 def draw_sheet(path, instances, predicted, categories, root, n=12):
     """Draws n instances, three to a row: the first of each category, then the second of each, and so on."""
     turns, seen = [], Counter()

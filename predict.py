@@ -1,98 +1,247 @@
-"""Finds keypoints of your choice, in your words, in your photo: prints them and draws them.
+"""Finds keypoints of your choice, in your words, in your photos: prints them, draws them, writes tables.
 
-    python predict.py CKPT photo.jpg --box 40,60,300,380 --keypoints "left eye: the eye ..., nose: the ..."
-    python predict.py CKPT photo.jpg --keypoints animal_body          a keypoint set of descriptions.json
-
-A keypoint is a name, a colon and a description that says where it is and what is beside it. It is the
-description that finds the point.
+    python predict.py CKPT photo.jpg --box 40,60,300,380 -k "left eye: the eye ..." -k "nose: the tip of ..."
+    python predict.py CKPT photos/ --keypoints animal_body --out found/      pictures and tables of a folder
+    python predict.py CKPT --list                                            which sets of keypoints it knows
+    python predict.py CKPT --serve                                           a page to try it
 """
 
 import argparse
-import math
-import re
+import csv
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from chat import Category
-from checkpoint import load_trained, read_checkpoint
-from common import InputError, read_json, run, start_processes
-from data import UNREADABLE, Crop
-from draw import draw_instance, save_picture
-from evaluate import check_decoding, predict
-
-
-def parse_keypoints(text, descriptions):
-    """ "left eye: the eye ..., nose: ..." or the name of a keypoint set -> [(name, description), ...]."""
-    sets = read_json(descriptions, dict).get("keypoint_sets", {})
-    if text in sets:
-        return [(keypoint["name"], keypoint["description"]) for keypoint in sets[text]]
-    if ":" not in text:
-        raise InputError(f'--keypoints "{text}": neither "name: description, name: description" nor one of '
-                         f'{", ".join(sorted(sets))}')
-    parts = re.split(r",\s*(?=[^,:]+:)", text)  # a comma is a separator only where "name:" follows
-    keypoints = [tuple(s.strip() for s in part.split(":", 1)) for part in parts]
-    for name, description in keypoints:
-        if not name or not description:
-            raise InputError(f'--keypoints: "{name}: {description}" lacks a name or a description')
-    return keypoints
+from checkpoint import read_checkpoint
+from common import InputError, make_folder, read_json, run, write_json
+from draw import draw_points, save_picture
+from locator import Locator, make_category, open_photo, parse_keypoint, parse_keypoints, read_sets
 
 
-def parse_box(text, photo):
-    """ "x,y,w,h" in pixels -> four numbers; without text the whole photo. A box may reach over the edge."""
+def parse_box(text):
+    """ "x,y,w,h" -> four numbers."""
     try:
-        with Image.open(photo) as image:
-            width, height = image.size
-    except UNREADABLE as e:
-        raise InputError(f"{photo}: not a readable photo ({e})") from None
-    try:
-        x, y, w, h = map(float, text.split(",")) if text else (0, 0, width, height)
+        x, y, w, h = map(float, text.split(","))
+        return x, y, w, h
     except ValueError:
-        raise InputError(f"--box {text}: four numbers x,y,w,h are wanted") from None
-    if not (0 < w < math.inf and 0 < h < math.inf and x < width and y < height and x + w > 0 and y + h > 0):
-        raise InputError(f"--box {text}: lies outside the photo, which is {width} x {height} pixels, "
-                         "or is empty")
-    return x, y, w, h
+        raise argparse.ArgumentTypeError(f"{text} is not x,y,width,height, four numbers") from None
+
+
+def looks_like_corners(box, photo):
+    """Whether x,y,w,h reaches far over the photo's edge, but would not as x1,y1,x2,y2."""
+    x, y, w, h = box
+    width, height = photo.size
+    reaches_over = x + w > 1.1 * width or y + h > 1.1 * height
+    return reaches_over and 0 <= x < w <= width and 0 <= y < h <= height
+
+
+@dataclass(frozen=True)
+class Job:
+    """An object in a photo, of which keypoints are wanted. box: None for the whole photo."""
+
+    path: Path
+    box: tuple
+    image_id: int
+    category_id: int = 1
+
+
+def find_jobs(paths, box, boxes):
+    """Photos and folders -> Jobs. boxes: a COCO file that says which photos of the one folder, and where."""
+    if boxes:
+        if len(paths) != 1:
+            raise InputError("--boxes: give the one folder in which its photos are")
+        return read_boxes(boxes, paths[0])
+    photos, endings = [], Image.registered_extensions()
+    for path in paths:
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in endings) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no photo in this folder")
+        photos += found
+    return [Job(photo, box, number) for number, photo in enumerate(photos, 1)]
+
+
+def read_boxes(path, folder):
+    """A COCO file -> a Job for each of its annotations that has a box."""
+    raw, jobs = read_json(path, dict), []
+    try:
+        photos = {image["id"]: folder / image["file_name"] for image in raw["images"]}
+        for annotation in raw["annotations"]:
+            x, y, w, h = map(float, annotation["bbox"])
+            number = annotation["image_id"]
+            jobs.append(Job(photos[number], (x, y, w, h), number, annotation["category_id"]))
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: not a COCO file with boxes ({type(e).__name__}: {e})") from None
+    if not jobs:
+        raise InputError(f"{path}: no box in it")
+    return jobs
+
+
+def print_points(points, photo, say=print):
+    """A line for each keypoint, and what is odd about them."""
+    say(f"{'x':>9}{'y':>9}{'confidence':>12}  keypoint")
+    for name, found in points.items():
+        if found.x is None:
+            say(f"{'no coordinates in the answer':>30}  {name}")
+        else:
+            confidence = "unknown" if found.confidence is None else f"{found.confidence:.2f}"
+            say(f"{found.x:9.1f}{found.y:9.1f}{confidence:>12}  {name}")
+    places = [(found.x, found.y) for found in points.values() if found.x is not None]
+    outside = [name for name, found in points.items() if found.x is not None
+               and not (0 <= found.x < photo.width and 0 <= found.y < photo.height)]
+    if outside:
+        say(f"outside the photo: {', '.join(outside)}; the box reaches over its edge")
+    if len(places) > 2 and max(np.ptp(places, axis=0)) < 0.02 * found.square[2]:
+        say("all points are in one place: the model does not tell these keypoints apart")
+
+
+def write_tables(folder, found, form):
+    """keypoints.json and keypoints.csv of [(Job, points)], or with form "coco" COCO's keypoint results."""
+    rows, objects, contents = [("photo", "object", "keypoint", "x", "y", "confidence")], {}, []
+    for job, points in found:
+        objects[job.path] = objects.get(job.path, 0) + 1
+        named = [{"name": name, **round_off(p)} for name, p in points.items()]
+        contents.append({"photo": str(job.path), "box": job.box, "keypoints": named})
+        rows += [(job.path, objects[job.path], *point.values()) for point in named]
+    if form == "coco":
+        contents = [coco_result(job, points) for job, points in found]
+    write_json(folder / "keypoints.json", contents)
+    try:
+        with open(folder / "keypoints.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+    except OSError as e:
+        raise InputError(f"{folder}/keypoints.csv: cannot be written ({e})") from None
+
+
+def round_off(found):
+    values = {"x": found.x, "y": found.y, "confidence": found.confidence}
+    return {key: None if value is None else round(value, 2) for key, value in values.items()}
+
+
+def coco_result(job, points):
+    """An entry of COCO's keypoint results. Visibility is 1; a keypoint that was not found is 0, 0, 0."""
+    keypoints = [v for p in points.values() for v in ((0, 0, 0) if p.x is None else (p.x, p.y, 1))]
+    known = [p.confidence for p in points.values() if p.confidence is not None]
+    return {"image_id": job.image_id, "category_id": job.category_id, "keypoints": keypoints,
+            "score": sum(known) / len(known) if known else 1.0}
+
+
+def name_picture(path, taken):
+    """A name for the picture of a photo that no other photo of the run has."""
+    name, n = f"{path.stem}.png", 1
+    while name in taken:
+        n += 1
+        name = f"{path.stem}-{n}.png"
+    taken.add(name)
+    return name
+
+
+# --------------------------------------------------------------------------------------------------- program
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description="Finds keypoints in photos.", allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", help="what train.py wrote")
+    add("photos", nargs="*", type=Path, help="photos, or folders of photos")
+    add("-k", "--keypoint", action="append", default=[], metavar="'NAME: TEXT'",
+        help="a keypoint and where it is; may be repeated")
+    add("--keypoints", metavar="SET", help='a set of keypoints, see --list; or "name: text; name: text"; or '
+        "a file: .json {name: text}, or .txt with one a line")
+    add("--box", type=parse_box, help="x,y,width,height of the object in pixels, --box=-5,... if it begins "
+        "with a minus; default: the whole photo")
+    add("--boxes", metavar="COCO.json", help="photos and boxes from a COCO file, below the folder given")
+    add("--out", type=Path, metavar="FOLDER", help="where pictures, keypoints.json and keypoints.csv go")
+    add("--format", choices=["plain", "coco"], default="plain", help="of keypoints.json: COCO's results")
+    add("--decode", choices=["greedy", "median", "mean"], default="greedy",
+        help="what to take of each coordinate's distribution")
+    add("--descriptions", help="a file of more keypoint sets; default: descriptions.json of this program")
+    add("--llm", help="where its weights are now, if they were moved since the training")
+    add("--vit", help="likewise")
+    add("--list", action="store_true", help="show the sets of keypoints, or the texts of --keypoints")
+    add("--serve", action="store_true", help="open a page to try it, for this computer only")
+    add("--port", type=int, default=8000, help="of the page")
+    args = parser.parse_args(argv)
+    if not (args.list or args.serve):
+        if not args.photos:
+            parser.error("give a photo or a folder of photos")
+        if bool(args.keypoint) == bool(args.keypoints):
+            parser.error('say what to find: -k "name: where it is", or --keypoints SET')
+    if args.box and (args.boxes or len(args.photos) > 1):
+        parser.error("--box is for one photo; --boxes takes a COCO file for many")
+    return args
+
+
+def print_sets(sets, chosen):
+    """All sets by name, or the texts of one."""
+    if chosen:
+        for name, description in parse_keypoints(chosen, sets).keypoints:
+            print(f"{name}: {description}")
+    else:
+        for name, category in sorted(sets.items()):
+            print(f"{name:24}{len(category.keypoints):4} keypoints: "
+                  f"{', '.join(keypoint for keypoint, _ in category.keypoints)}")
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Finds keypoints in a photo.", allow_abbrev=False)
-    add = parser.add_argument
-    add("checkpoint")
-    add("photo")
-    add("--keypoints", required=True,
-        help='"name: description, name: description", or a set of descriptions.json')
-    add("--box", help="x,y,w,h of the object in pixels, --box=-5,... if it begins with a minus; "
-        "default: the whole photo")
-    add("--decode", choices=["greedy", "median", "mean"], default="greedy",
-        help="what to take of each coordinate's distribution")
-    add("--descriptions", default="descriptions.json", help="where keypoint sets are looked up")
-    add("--llm", help="where its weights are now, if they were moved since the training")
-    add("--vit", help="likewise")
-    add("--out", help="the picture; default: PHOTO.keypoints.png in this folder")
-    args = parser.parse_args(argv)
-    checkpoint = read_checkpoint(args.checkpoint)
-    keypoints = parse_keypoints(args.keypoints, args.descriptions)
-    x, y, w, h = parse_box(args.box, args.photo)
+    args = parse_arguments(argv)
+    if args.list:
+        descriptions = read_checkpoint(args.checkpoint)["descriptions"]
+        return print_sets(read_sets(descriptions, args.checkpoint, args.descriptions), args.keypoints)
+    jobs = [] if args.serve else find_jobs(args.photos, args.box, args.boxes)
+    if args.out:
+        make_folder(args.out)
+    locator = Locator(args.checkpoint, args.decode, args.llm, args.vit, args.descriptions)
+    if args.serve:
+        from page import serve
+        return serve(locator, args.port)
+    if args.keypoint:
+        category = make_category(map(parse_keypoint, args.keypoint))
+    else:
+        category = parse_keypoints(args.keypoints, locator.sets)
+    found, failed = locate_all(locator, jobs, category, args.out)
+    if args.out:
+        write_tables(args.out, found, args.format)
+        print(f"wrote {args.out}/keypoints.json, keypoints.csv and {len(found)} pictures")
+    if failed:
+        raise InputError(f"{failed} of {len(jobs)} objects were left out, see above")
 
-    *_, device = start_processes()
-    model, chat = load_trained(checkpoint, device, args.llm, args.vit)
-    check_decoding(chat, args.decode)
-    crop = Crop(x + w / 2, y + h / 2, max(w, h))
-    image = crop.cut(args.photo, checkpoint["args"]["image_size"])
-    category = Category("object", keypoints)
-    [predictions] = predict(model, chat, [crop], image[None], [category], decode=args.decode)
-    print(f"{'x':>9}{'y':>9}{'confidence':>12}  keypoint")
-    for (name, _), found in zip(keypoints, predictions):
-        if found.point is None:
-            print(f"{'no coordinates in the answer':>30}  {name}")
-        else:
-            confidence = "unknown" if found.confidence is None else f"{found.confidence:.2f}"
-            print(f"{found.point[0]:9.1f}{found.point[1]:9.1f}{confidence:>12}  {name}")
-    picture = Path(args.out or f"{Path(args.photo).stem}.keypoints.png")
-    names, points = [name for name, _ in keypoints], [found.point for found in predictions]
-    save_picture(draw_instance(args.photo, crop, names, points, side=720), picture)
-    print(f"wrote {picture}")
+
+def locate_all(locator, jobs, category, out):
+    """Asks about all jobs, prints, draws into the folder `out` -> [(Job, points)], and how many failed."""
+    found, taken, failed = [], set(), 0
+    bar = tqdm(jobs, disable=len(jobs) == 1, dynamic_ncols=True)
+    for job in bar:
+        try:
+            photo = open_photo(job.path)
+            points = locator(photo, category, job.box)
+        except InputError as e:
+            if len(jobs) == 1:
+                raise
+            failed += 1
+            bar.write(f"{job.path}: {e}", file=sys.stderr)
+            continue
+        if len(jobs) > 1:
+            bar.write(f"{job.path}")
+        print_points(points, photo, bar.write)
+        if job.box and looks_like_corners(job.box, photo):
+            x1, y1, x2, y2 = job.box
+            bar.write("hint: the box reaches far over the edge. A box is x,y,width,height; if these are "
+                      f"corners, write --box {x1:g},{y1:g},{x2 - x1:g},{y2 - y1:g}")
+        found.append((job, points))
+        if out:
+            save_picture(draw_found(photo, job.box, category, points), out / name_picture(job.path, taken))
+    return found, failed
+
+
+def draw_found(photo, box, category, points):
+    """The picture of what was found, see draw_points()."""
+    places = [None if p.x is None else (p.x, p.y) for p in points.values()]
+    return draw_points(photo, box or (0, 0, *photo.size), category, places,
+                       confidence=[p.confidence for p in points.values()])
 
 
 if __name__ == "__main__":

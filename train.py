@@ -24,7 +24,17 @@ from tqdm import tqdm
 
 from chat import INSTRUCTIONS, PRETRAINING
 from checkpoint import load_chat, load_model, read_checkpoint, save_checkpoint
-from common import InputError, between, natural, positive, read_json, run, silence_worker, start_processes
+from common import (
+    InputError,
+    between,
+    make_folder,
+    natural,
+    positive,
+    read_json,
+    run,
+    silence_worker,
+    start_processes,
+)
 from data import (
     TrainingSet,
     collate,
@@ -299,10 +309,7 @@ def main(argv):
     say(f"batch {args.batch} = micro-batch {args.micro_batch} x {world} processes "
         f"x {args.batch // (args.micro_batch * world)} accumulated, on {device}")
     describe_parameters(model, say)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{path.parent}: cannot be made ({e})") from None
+    make_folder(path.parent)
 
     def save(step):
         save_checkpoint(path, args=vars(args), descriptions=descriptions, model=trainable_state(model),
