@@ -9,7 +9,7 @@
 import argparse
 import csv
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint
 from common import InputError, make_folder, read_json, run, write_json
 from draw import draw_points, save_picture
-from locator import Locator, make_category, open_photo, parse_keypoint, parse_keypoints, read_sets
+from locator import Locator, check_box, make_category, open_photo, parse_keypoint, parse_keypoints, read_sets
 
 
 def parse_box(text):
@@ -182,26 +182,28 @@ def print_sets(sets, chosen):
             print(f"{name}: {description}")
     else:
         for name, category in sorted(sets.items()):
-            print(f"{name:24}{len(category.keypoints):4} keypoints: "
-                  f"{', '.join(keypoint for keypoint, _ in category.keypoints)}")
+            print(f"{name}: {', '.join(keypoint for keypoint, _ in category.keypoints)}")
 
 
 def main(argv):
     args = parse_arguments(argv)
+    sets = read_sets(read_checkpoint(args.checkpoint)["descriptions"], args.checkpoint, args.descriptions)
     if args.list:
-        descriptions = read_checkpoint(args.checkpoint)["descriptions"]
-        return print_sets(read_sets(descriptions, args.checkpoint, args.descriptions), args.keypoints)
-    jobs = [] if args.serve else find_jobs(args.photos, args.box, args.boxes)
-    if args.out:
-        make_folder(args.out)
-    locator = Locator(args.checkpoint, args.decode, args.llm, args.vit, args.descriptions)
+        return print_sets(sets, args.keypoints)
     if args.serve:
         from page import serve
-        return serve(locator, args.port)
+        return serve(Locator(args.checkpoint, args.decode, args.llm, args.vit, args.descriptions), args.port)
+    # All that can be wrong is checked before the network is loaded, which may take minutes.
     if args.keypoint:
         category = make_category(map(parse_keypoint, args.keypoint))
     else:
-        category = parse_keypoints(args.keypoints, locator.sets)
+        category = parse_keypoints(args.keypoints, sets)
+    jobs = find_jobs(args.photos, args.box, args.boxes)
+    if len(jobs) == 1:
+        check_box(jobs[0].box, open_photo(jobs[0].path))
+    if args.out:
+        make_folder(args.out)
+    locator = Locator(args.checkpoint, args.decode, args.llm, args.vit, args.descriptions)
     found, failed = locate_all(locator, jobs, category, args.out)
     if args.out:
         write_tables(args.out, found, args.format)
@@ -231,9 +233,10 @@ def locate_all(locator, jobs, category, out):
             x1, y1, x2, y2 = job.box
             bar.write("hint: the box reaches far over the edge. A box is x,y,width,height; if these are "
                       f"corners, write --box {x1:g},{y1:g},{x2 - x1:g},{y2 - y1:g}")
-        found.append((job, points))
         if out:
             save_picture(draw_found(photo, job.box, category, points), out / name_picture(job.path, taken))
+        found.append((job, {name: replace(p, x_distribution=None, y_distribution=None)  # 16 kB a keypoint
+                            for name, p in points.items()}))
     return found, failed
 
 
