@@ -17,8 +17,8 @@ from PIL import Image
 from chat import Category
 from checkpoint import load_trained, read_checkpoint
 from common import InputError, read_json, run, start_processes
-from data import UNREADABLE, Crop
-from draw import draw_instance, save_picture
+from data import UNREADABLE, Crop, open_reduced
+from draw import draw_points, save_picture
 from evaluate import check_decoding, predict
 
 
@@ -90,8 +90,9 @@ def main(argv):
             confidence = "unknown" if found.confidence is None else f"{found.confidence:.2f}"
             print(f"{found.point[0]:9.1f}{found.point[1]:9.1f}{confidence:>12}  {name}")
     picture = Path(args.out or f"{Path(args.photo).stem}.keypoints.png")
-    names, points = [name for name, _ in keypoints], [found.point for found in predictions]
-    save_picture(draw_instance(args.photo, crop, names, points, side=720), picture)
+    photo, _ = open_reduced(args.photo, 1, 1)  # at full size
+    points, confidence = zip(*((found.point, found.confidence) for found in predictions))
+    save_picture(draw_points(photo, (x, y, w, h), category, points, confidence=confidence), picture)
     print(f"wrote {picture}")
 
 
