@@ -135,7 +135,7 @@ def test_every_name_is_drawn_once_and_none_overlap(n, monkeypatch):
     assert all((edge == 255).all() for edge in edges)  # nothing is cut off
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=4), st.booleans())
 def test_no_name_makes_it_fail(names, sure):
     points = [(10 + 20 * k, 40) for k in range(len(names))]
