@@ -148,7 +148,7 @@ def show_object(photo, box, labels, predicted, annotated, confidence, width, hei
     return picture, list(marks), [place(c) for c in ((x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1))]
 
 
-def label(marks, ends, size):
+def write_labels(marks, ends, size):
     """Labels at the ends of leaders, on the left if x < 0 -> texts, leaders."""
     texts, leaders = [], []
     for mark, (x, y) in zip(marks, ends):
@@ -160,7 +160,7 @@ def label(marks, ends, size):
     return texts, leaders
 
 
-def number(marks, radius, picture_size, size):
+def write_numbers(marks, radius, picture_size, size):
     """Numbers at the marks, and columns that say whose they are -> texts, leaders without length."""
     shown, font = [k for k, mark in enumerate(marks) if mark.place], find_fonts(round(0.75 * size))[0]
     sizes = [(font.getlength(str(k + 1)) + 4, 0.75 * size) for k in shown]
@@ -177,7 +177,7 @@ def number(marks, radius, picture_size, size):
     return texts, leaders
 
 
-def explain(marks, x, y, size):
+def make_legend(marks, x, y, size):
     """-> marks and texts of a legend, one line that begins at x, y; none if all is predicted and sure."""
     kinds = [("predicted", True, False, False)]
     if any(mark.annotated for mark in marks):
@@ -207,18 +207,18 @@ def draw_points(photo, box, category, predicted, annotated=None, confidence=None
                                           confidence or [None] * K, size, size)
     (width, height), radius = picture.size, size / (130 if K <= MOST_LEADERS else 200)
     if K > MOST_LEADERS:
-        texts, leaders = number(marks, radius, picture.size, letters)
+        texts, leaders = write_numbers(marks, radius, picture.size, letters)
     else:
         shown = [mark for mark in marks if mark.place]
         places = [mark.place for mark in shown]
-        texts, leaders = label(
+        texts, leaders = write_labels(
             shown, place_columns(places, -letters, width + letters, 1.3 * letters, height), letters)
     bottom = max([height, *(y for (_, y), *_ in texts)]) + 1.5 * letters
-    samples, legend = explain(marks, letters, bottom, letters)
+    samples, legend = make_legend(marks, letters, bottom, letters)
     missing = ", ".join(name for name, mark in zip(names, marks) if not mark.predicted)
     if missing:
         row = bottom + (1.5 * letters if legend else 0)
-        missing = fit(f"no answer: {missing}", letters, width)
+        missing = fit(f"no answer: {missing}", letters, max(width, 30 * letters))
         legend.append(write((0.5 * letters, row), missing, letters, GRAY))
     return assemble(picture, marks + samples, texts + legend, radius, category.skeleton, leaders, corners)
 
@@ -229,16 +229,18 @@ def draw_points(photo, box, category, predicted, annotated=None, confidence=None
 def draw_tile(photo, box, category, predicted, annotated, confidence, height=360, letters=14):
     """An object below its category's name, beside it what was asked for if that fits -> picture, marks."""
     width, title = 0.75 * height, letters + 2
-    labels = [[(spell_name(name, k, letters, width), INK), *((s, GRAY) for s in wrap(text, letters, width))]
+    few = len(category.keypoints) * 2.9 * letters <= height  # two lines for each would fit
+    labels = [[(spell_name(name, k, letters, width), INK),
+               *((line, GRAY) for line in (wrap(text, letters, width) if few else ()))]
               for k, (name, text) in enumerate(category.keypoints)]
     picture, marks, _ = show_object(photo, box, labels, predicted, annotated, confidence, 2 * height, height,
                                     whole_from=math.inf)
     texts, leaders = [write((0, -1.2 * letters), fit(category.name, title, picture.width), title)], []
     gap = letters * (1.2 * max(map(len, labels)) + 0.5)
-    if gap * len(marks) <= picture.height:
+    if few and gap * len(marks) <= picture.height:
         shown = [mark for mark in marks if mark.place]
         ends = place_column([mark.place for mark in shown], picture.width + letters, gap, picture.height)
-        asked, leaders = label(shown, ends, letters)
+        asked, leaders = write_labels(shown, ends, letters)
         texts += asked
     return assemble(picture, marks, texts, height / 75, category.skeleton, leaders), marks
 
@@ -262,7 +264,7 @@ def draw_sheet(path, instances, predicted, categories, root, confidence=None, n=
             confidence[i] if confidence else [None] * K)
         tiles.append(tile)
         marks += of_tile
-    legend = assemble(Image.new("RGB", (1, 1), PAPER), *explain(marks, 7, 7, 14), radius=5)
+    legend = assemble(Image.new("RGB", (1, 1), PAPER), *make_legend(marks, 7, 7, 14), radius=5)
     save_picture(pack(tiles, legend, width), path)
 
 

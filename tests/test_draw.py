@@ -211,10 +211,12 @@ def test_labels_are_as_high_as_their_points_if_there_is_room():
     places = [(100, 300), (200, 100), (900, 600)]
     assert labels.place_columns(places, -20, 1020, 40, 700) == [(-20, 300), (-20, 100), (1020, 600)]
     assert labels.place_column([(100, 300), (100, 310)], 500, 40, 700) == [(500, 285), (500, 325)]
+    crowd = labels.place_column([(100, y) for y in range(5)], 500, 40, 100)
+    assert crowd == [(500, -30), (500, 10), (500, 50), (500, 90), (500, 130)]
 
 
 def test_numbers_are_beside_their_points_and_apart():
-    places = [(100 + 40 * (k % 9), 100 + 40 * (k // 9)) for k in range(68)]
+    places = [(100 + 25 * (k % 9), 100 + 40 * (k // 9)) for k in range(68)]
     centres = labels.place_numbers(places, [(22, 16)] * 68, radius=7)
     for k, ((x, y), (u, v)) in enumerate(zip(places, centres)):
         assert math.hypot(x - u, y - v) < 50
