@@ -320,7 +320,8 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, root, annotatio
         {"annotation_id": instance.annotation_id, "keypoints": points,
          "confidence": [p.confidence and round(p.confidence, 2) for p in of_photo]}
         for instance, points, of_photo in zip(instances, predicted, predictions)])
-    draw_sheet(out / "predictions.png", instances, predicted, categories, root)
+    confidence = [[prediction.confidence for prediction in of_photo] for of_photo in predictions]
+    draw_sheet(out / "predictions.png", instances, predicted, categories, root, confidence)
     print(f"wrote {out}/report.json, predictions.json, predictions.png")
 
 

@@ -205,6 +205,29 @@ def test_left_and_right_are_mirror_images():
             assert sided.get(mirrored(name)) == mirrored(description), f"{set_name}, {name}"
 
 
+def test_skeletons_join_two_keypoints_once_and_are_mirror_images():
+    assert len(TEXTS["skeletons"]) == 7
+    for set_name, skeleton in TEXTS["skeletons"].items():
+        names = names_of(TEXTS["keypoint_sets"][set_name])
+        joined = [{names[a], names[b]} for a, b in skeleton]  # IndexError: there is no such keypoint
+        assert all(len(pair) == 2 and a >= 0 <= b for pair, (a, b) in zip(joined, skeleton)), set_name
+        assert len({*map(frozenset, joined)}) == len(skeleton), set_name
+        for pair in joined:
+            assert {mirrored(name) for name in pair} in joined, (set_name, pair)
+
+
+def test_skeletons_are_the_benchmarks(shared):
+    """They count from 1 there, for vehicles from 0."""
+    found = {}
+    for path in sorted((shared / "mp100/annotations").glob("*.json.gz")):
+        for category in json.loads(gzip.decompress(path.read_bytes()))["categories"]:
+            first = 0 if category["name"] in ("car", "bus", "suv") else 1
+            set_name = TEXTS["categories"][str(category["id"])]["keypoint_set"]
+            skeleton = [[a - first, b - first] for a, b in category["skeleton"]]
+            assert found.setdefault(set_name, skeleton) == skeleton
+    assert TEXTS["skeletons"] == {name: skeleton for name, skeleton in found.items() if skeleton}
+
+
 def test_questions_are_short(shared, tmp_path):
     (tmp_path / "tokenizer.json").symlink_to(shared / "llama3_tokenizer/tokenizer.json")
     config = {"bos_token_id": 128000, "eos_token_id": 128009, "vocab_size": 128256}

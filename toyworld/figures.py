@@ -3,7 +3,6 @@
 All show the trained toy (assets/toy) and creatures of categories that no training has seen.
 """
 
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from chat import IGNORE, Category, Chat, Scene
 from data import Crop, crop_of, normalize
 from decode import locate
-from draw import make_palette
+from labels import make_palette, place_column, wrap
 from llama import rotate
 from lora import load_trainable_state
 from model import CapeLLM
@@ -40,18 +39,6 @@ def dot(pen, point, radius, fill, outline=INK):
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill, outline, max(1, radius // 4))
 
 
-def wrap(text, width, size):
-    """Lines of a text that are at most `width` pixels wide."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font(size).getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
 def ask(model, chat, crop, keypoints, photo=PHOTO):
     """-> Predictions of the keypoints, (name, description) pairs, by the median of the distributions."""
     image = normalize(crop.cut(photo, SIZE)[None])
@@ -59,22 +46,6 @@ def ask(model, chat, crop, keypoints, photo=PHOTO):
 
 
 # --------------------------------------------------------------------------------------------------- figures
-
-
-def match_rows(points, ends):
-    """Which end each point is joined to so that no lines cross: ends are swapped while lines get shorter."""
-    rows = list(range(len(points)))
-
-    def length(k, row):
-        return np.linalg.norm(points[k] - ends[row])
-
-    swapped = True
-    while swapped:
-        swapped = False
-        for a, b in combinations(range(len(points)), 2):
-            if length(a, rows[b]) + length(b, rows[a]) < length(a, rows[a]) + length(b, rows[b]) - 1e-9:
-                rows[a], rows[b], swapped = rows[b], rows[a], True
-    return rows
 
 
 def draw_descriptions(model, chat, side=520, column=560):
@@ -87,13 +58,13 @@ def draw_descriptions(model, chat, side=520, column=560):
         crop, left = crop_of(instance), n * (side + column)
         sheet.paste(show(crop, side, photo), (left, 0))
         points = [side * np.array(p.point) + (left, 0) for p in ask(model, chat, crop, texts, photo)]
-        ends = [np.array((left + side + 14, (row + 0.5) * side / len(texts))) for row in range(len(texts))]
-        for k, row in enumerate(match_rows(points, ends)):
-            colour, y = make_palette(len(texts))[k], ends[row][1]
-            pen.line((*points[k], *ends[row]), INK, 2)
-            dot(pen, points[k], 9, colour)
-            dot(pen, (left + side + 22, y), 9, colour)
-            lines = wrap(texts[k][1], column - 60, 25)
+        ends = place_column(points, left + side + 14, side / len(texts), side)
+        colours = make_palette([name for name, _ in texts])
+        for point, (x, y), colour, (_, text) in zip(points, ends, colours, texts):
+            pen.line((*point, x, y), INK, 2)
+            dot(pen, point, 9, colour)
+            dot(pen, (x + 8, y), 9, colour)
+            lines = wrap(text, 25, column - 60)
             for i, line in enumerate(lines):
                 pen.text((left + side + 40, y + 29 * (i - (len(lines) - 1) / 2)), line, INK, font(25), "lm")
     photo.unlink()
@@ -112,7 +83,7 @@ def draw_words(model, chat, side=360):
         sheet.paste(show(CROP, side), (left, 0))
         dot(pen, side * np.array(prediction.point) + (left, 0), 11, RED, PAPER)
         pen.text((left, side + 14), "where is the first mark?", INK, font(20))
-        for i, line in enumerate(wrap(f"Reference: {text}", side, 20)):
+        for i, line in enumerate(wrap(f"Reference: {text}", 20, side)):
             pen.text((left, side + 40 + 26 * i), line, RED, font(20))
     return sheet
 
