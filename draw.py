@@ -58,7 +58,7 @@ def draw_instance(path, crop, names, predicted, annotated=None, side=360):
     return tile
 
 
-def draw_sheet(path, instances, predicted, categories, root, n=12):
+def draw_sheet(path, instances, predicted, categories, images, n=12):
     """Draws n instances, three to a row: the first of each category, then the second of each, and so on."""
     turns, seen = [], Counter()
     for i, instance in enumerate(instances):
@@ -69,7 +69,7 @@ def draw_sheet(path, instances, predicted, categories, root, n=12):
         instance, category = instances[i], categories[instances[i].category_id]
         annotated = [tuple(p) if v else None for p, v in zip(instance.keypoints, instance.visible)]
         names = [name for name, _ in category.keypoints]
-        photo = Path(root, "images", instance.photo)
+        photo = Path(images, instance.photo)
         tiles.append((category.name,
                       draw_instance(photo, crop_of(instance), names, predicted[i], annotated)))
     rows = [tiles[i:i + 3] for i in range(0, len(tiles), 3)]

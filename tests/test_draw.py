@@ -67,7 +67,7 @@ def test_a_sheet_takes_turns_between_categories(tmp_path, monkeypatch):
 
     instances = [*wagons, *kites]
     predicted = [[(i, k) for k in range(len(instance.keypoints))] for i, instance in enumerate(instances)]
-    draw.draw_sheet(tmp_path / "sheet.png", instances, predicted, categories, data, n=4)
+    draw.draw_sheet(tmp_path / "sheet.png", instances, predicted, categories, data / "images", n=4)
     expected = [0, 3, 1, 4]  # of instances
     assert [tile.photo for tile in shown] == [data / "images" / instances[i].photo for i in expected]
     assert [tile.crop.side for tile in shown] == [55, 30, 55, 55]
