@@ -152,22 +152,27 @@ def read_headers(photos, images, path, say):
         name = photo["file_name"] = photo["file_name"].replace("\\", "/")
         if PureWindowsPath(name).anchor:
             raise InputError(f"{path}: the photo {name} is not relative to the folder --images")
-        size = None
-        try:
-            with Image.open(Path(images or "", name)) as header:
-                size = header.size
-                if "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1:
-                    turned.append(name)
-        except UNREADABLE:
-            pass
-        for field, pixels in zip(("width", "height"), size or (1e9, 1e9)):
+        size, is_turned = (None, False) if images is None else read_header(Path(images, name))
+        turned += [name] if is_turned else []
+        for k, field in enumerate(("width", "height")):
             if not photo.get(field):
-                photo[field] = pixels
-            elif type(photo[field]) not in (int, float):
-                raise InputError(f"{path}: the {field} of {name} is not a number")
+                if images is None:
+                    raise InputError(f"{path}: {name} has no {field}; say with --images where the photo is")
+                photo[field] = size[k] if size else 1e9  # keep_readable() will not find it either
+            if type(photo[field]) not in (int, float) or not 0 < photo[field] <= 1e9:
+                raise InputError(f"{path}: the {field} of {name} is not a number of pixels")
     if turned:
         say(f"warning: {len(turned)} photos have an EXIF orientation, e.g. {turned[0]}; it is ignored, so "
             "their points must have been made on the unturned pixels")
+
+
+def read_header(path):
+    """-> a photo's size as stored, and whether viewers turn it; None, False if it cannot be read."""
+    try:
+        with Image.open(path) as photo:
+            return photo.size, "exif" in photo.info and photo.getexif().get(ORIENTATION, 1) != 1
+    except UNREADABLE:
+        return None, False
 
 
 # ----------------------------------------------------------------------------------------------- descriptions

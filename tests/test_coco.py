@@ -1,5 +1,6 @@
 """coco.py: own data in COCO's layout and of DeepLabCut, and a training that starts from another's weights."""
 
+import copy
 import re
 
 import numpy as np
@@ -80,7 +81,8 @@ def test_six_photos_train_and_the_checkpoint_knows_how_to_be_evaluated(tiny, tmp
     assert (tmp_path / "run/predictions.png").exists()
 
     evaluate.main(command_line("--score", tmp_path / "run/predictions.json",
-                               "--annotations", tmp_path / "val.json", "--report", tmp_path / "again.json"))
+                               "--annotations", tmp_path / "val.json", "--report", tmp_path / "again.json",
+                               "--images", tmp_path / "photos"))
     assert read_json(tmp_path / "again.json")["mPCK"] == report["mPCK"]
     evaluate.main(command_line(tmp_path / "run/ckpt.pt", "--annotations", tmp_path / "own.json",
                                "--constrained", "--workers", 0, "--protocol", "pairs",
@@ -255,6 +257,32 @@ def test_a_malformed_file_is_named_in_one_line(tmp_path, says, edit):
     edit(contents)
     with pytest.raises(InputError, match=rf"^[^\n]*own\.json: [^\n]*{says}[^\n]*$"):
         read(tmp_path, contents)
+
+
+def places(value, *above):
+    """The path to every value in JSON, as change() takes it."""
+    inner = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    return [above, *(place for key, below in inner for place in places(below, *above, key))][not above:]
+
+
+def test_whatever_is_wrong_with_a_value_is_one_line_or_does_not_matter(tmp_path):
+    whole = teapots(tmp_path, 2)
+    whole["images"][0] |= {"width": 90, "height": 70}
+    whole["annotations"][0] |= {"bbox": [9, 9, 50, 40], "iscrowd": 0}
+    outcomes = []
+    for place in places(whole):
+        for wrong in (..., None, [], {}, "x", -1, 0, True, 10**400, float("nan"), [[]]):
+            contents = copy.deepcopy(whole)
+            change(*place, to=wrong)(contents)
+            try:
+                instances, descriptions = read(tmp_path, contents)
+                parse_descriptions(descriptions, "")
+                assert all(np.isfinite([*o.box, *o.keypoints.flat]).all() for o in instances)
+                outcomes.append(True)
+            except InputError as e:
+                assert len(str(e).splitlines()) == 1
+                outcomes.append(False)
+    assert 0.1 < np.mean(outcomes) < 0.4  # most of it matters
 
 
 # ----------------------------------------------------------------------------------------------- descriptions
