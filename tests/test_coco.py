@@ -60,7 +60,10 @@ def to_train(tiny, folder, *more):
 
 def test_six_photos_train_and_the_checkpoint_knows_how_to_be_evaluated(tiny, tmp_path, capsys):
     write_json(tmp_path / "own.json", teapots(tmp_path))
-    write_json(tmp_path / "val.json", teapots(tmp_path, 2, category_id=5, name="Tea_Pot"))
+    of_val = teapots(tmp_path, 2, category_id=5, name="Tea_Pot")
+    of_val["categories"].append({"id": 6, "name": "jug", "keypoints": NAMES})
+    of_val["annotations"][1]["category_id"] = 6
+    write_json(tmp_path / "val.json", of_val)
     write_json(tmp_path / "texts.json", TEXTS)
     train.main(to_train(tiny, tmp_path, "--val", tmp_path / "val.json",
                         "--descriptions", tmp_path / "texts.json"))
@@ -75,7 +78,7 @@ def test_six_photos_train_and_the_checkpoint_knows_how_to_be_evaluated(tiny, tmp
     (tmp_path / "texts.json").unlink()
     evaluate.main(command_line(tmp_path / "run/ckpt.pt", "--constrained", "--workers", 0))
     report, predictions = read_results(tmp_path / "run")
-    assert report["objects"] == 2 and [*report["per category"]] == ["5 Tea_Pot"]
+    assert report["objects"] == 2 and [*report["per category"]] == ["5 Tea_Pot", "6 jug"]
     assert report["evaluated on"] == str(tmp_path / "val.json")
     assert [len(p["keypoints"]) for p in predictions] == [3, 3]
     assert (tmp_path / "run/predictions.png").exists()
@@ -440,6 +443,14 @@ def test_init_takes_all_that_trains_here_too_and_says_so(tiny, tmp_path, capsys)
     assert all(torch.equal(frozen[name], trained[name]) for name in trained if not name.startswith("vit"))
     _, said = start("--init", first / "ckpt.pt", "--tune-vit", "full")
     assert "start anew (vit." in said
+
+    checkpoint = read_checkpoint(first)
+    name = next(name for name in trained if name.endswith("lora_A"))
+    checkpoint["model"][name] = checkpoint["model"][name][:4]  # of half the rank
+    torch.save(checkpoint, tmp_path / "other.pt")
+    thin, said = start("--init", tmp_path / "other.pt")
+    assert torch.equal(thin[name], fresh[name])
+    assert f"1 tensors not taken ({name}), 1 tensors start anew ({name})" in said
 
     both = to_train(tiny, own, "--init", first / "ckpt.pt", "--init-projection", first / "ckpt.pt")
     assert "give only one of them" in refused(train, both)
