@@ -12,7 +12,7 @@ import torch
 
 from chat import INSTRUCTIONS, PRETRAINING, Chat
 from common import InputError
-from lora import load_trainable_state
+from lora import load_trainable_state, trainable_state
 from model import CapeLLM
 
 
@@ -47,23 +47,42 @@ def save_checkpoint(path, **contents):
                          "free some space and --resume") from None
 
 
-def load_model(args, device, checkpoint=None):
-    """The network of a run's arguments, with the trained weights of its checkpoint if there is one."""
+def load_model(args, device, checkpoint=None, say=print):
+    """The network of a run's arguments, with the trained weights of its checkpoint if there is one.
+
+    If there is none, weights may be taken from another run's (--init, --init-projection); say() tells which.
+    """
     torch.manual_seed(args.seed)  # adapters and projection start alike in all processes
     model = CapeLLM.load(args.vit, args.llm, args.image_size, args.tune_vit, args.tune_llm, args.answer,
                          device)
+    start = None if checkpoint else args.init or args.init_projection
     try:
         if checkpoint:
             load_trainable_state(model, checkpoint["model"])
-        elif args.init:
-            weights = read_checkpoint(args.init)["model"]
-            projection = {name: weights[f"projection.{name}"] for name in ("weight", "bias")
-                          if f"projection.{name}" in weights}
-            load_trainable_state(model.projection, projection)
+        elif start:
+            say(f"{start}: {start_from(model, read_checkpoint(start)['model'], not args.init)}")
     except ValueError as e:
-        init = f"--init {args.init}: " if args.init and not checkpoint else ""
-        raise InputError(f"{init}{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None
+        raise InputError(f"{start + ': ' if start else ''}{e}: not trained with --vit {args.vit} "
+                         f"--llm {args.llm}?") from None
     return model
+
+
+@torch.no_grad()
+def start_from(model, weights, projection_alone):
+    """Takes from a checkpoint's weights what trains here too in the same shape -> a line that says what.
+
+    ValueError if the projection is missing or of another width: such weights are of other networks.
+    """
+    load_trainable_state(model.projection, {name.removeprefix("projection."): weight for name, weight
+                                            in weights.items() if name.startswith("projection.")})
+    own = trainable_state(model)
+    taken = [name for name in own if name in weights and own[name].shape == weights[name].shape
+             and (name.startswith("projection.") or not projection_alone)]
+    for name in taken:
+        own[name].copy_(weights[name])
+    left, new = ([name for name in names if name not in taken] for names in (weights, own))
+    return ", ".join(f"{len(names)} tensors {what} ({names[0]}{', ...' if names[1:] else ''})"
+                     for what, names in (("taken", taken), ("not taken", left), ("start anew", new)) if names)
 
 
 def load_chat(args):

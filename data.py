@@ -11,6 +11,7 @@ text, K keypoints. `python data.py` draws four crops of one instance.
 """
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class Instance:
     annotation_id: int
     category_id: int
-    photo: str  # file name below images/
+    photo: str  # file name below the folder of the photos
     box: tuple  # x, y, width, height, clipped to the photo
     keypoints: np.ndarray  # (K, 2)
     visible: np.ndarray  # (K,) bool, whether it is labelled; something may be in front of it
@@ -69,11 +70,40 @@ def read_instances(path, categories):
         annotations = {}
         for annotation in raw["annotations"]:
             annotations.setdefault(annotation["image_id"], []).append(annotation)
+        check_categories(raw.get("categories", []), categories, path)
         instances = [make_instance(annotation, photo, categories, path)
                      for photo in raw["images"] for annotation in annotations.get(photo["id"], [])]
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise InputError(f"{path}: not an MP-100 annotation file ({type(e).__name__}: {e})") from None
     return [instance for instance in instances if instance is not None]
+
+
+def plain(name):
+    """left_eye, "Left eye" and left-eye are the same name."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def check_categories(entries, categories, path):
+    """InputError if a category of an annotation file is not the one that has its id in the descriptions.
+
+    MP-100 numbers the keypoints of many categories or calls them otherwise than the descriptions, and those
+    of two it does not name at all. But a name that is in both must be at the same place.
+    """
+    for entry in entries:
+        if entry["id"] in categories:
+            category = categories[entry["id"]]
+            ours = [plain(name) for name, _ in category.keypoints]
+            theirs = [plain(str(name)) for name in entry.get("keypoints") or ours]
+            place = f"{path}: category {entry['id']}"
+            if plain(name := str(entry.get("name", category.name))) != plain(category.name):
+                raise InputError(f"{place} is {name}, but {category.name} in the descriptions")
+            if len(theirs) != len(ours):
+                raise InputError(f"{place}, {name}, has {len(theirs)} keypoints, but {len(ours)} "
+                                 "descriptions")
+            for k, (here, there) in enumerate(zip(theirs, ours)):
+                if here != there and here in ours:
+                    raise InputError(f"{place}, {name}: keypoint {k + 1} is {entry['keypoints'][k]}, but "
+                                     f"{category.keypoints[k][0]} in the descriptions")
 
 
 def make_instance(annotation, photo, categories, path):
@@ -103,26 +133,26 @@ def make_instance(annotation, photo, categories, path):
     return Instance(number, category_id, photo["file_name"], box, points[:, :2], points[:, 2] > 0)
 
 
-def keep_readable(instances, root, categories, allow_missing):
+def keep_readable(instances, images, categories, allow_missing):
     """-> the instances whose photo is there and has a readable header. The others are refused or left out."""
     readable = {}
     for photo in {instance.photo for instance in instances}:
         try:
-            Image.open(Path(root, "images", photo)).close()
+            Image.open(Path(images, photo)).close()
             readable[photo] = True
         except UNREADABLE:
             readable[photo] = False
-    refuse_missing([o for o in instances if not readable[o.photo]], root, categories, allow_missing)
+    refuse_missing([o for o in instances if not readable[o.photo]], images, categories, allow_missing)
     if not any(readable.values()):
-        raise InputError(f"{root}/images: none of the photos of {len(instances)} objects is there")
+        raise InputError(f"{images}: none of the photos of {len(instances)} objects is there")
     return [instance for instance in instances if readable[instance.photo]]
 
 
-def refuse_missing(instances, root, categories, allow_missing):
+def refuse_missing(instances, images, categories, allow_missing):
     """InputError that counts the instances without photo by category, unless allow_missing."""
     if instances and not allow_missing:
         counts = Counter(categories[instance.category_id].name for instance in instances)
-        raise InputError(f"{root}/images: photos of {len(instances)} objects are missing or unreadable "
+        raise InputError(f"{images}: photos of {len(instances)} objects are missing or unreadable "
                          f"({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. "
                          f"{instances[0].photo}; complete the folder or leave them out with --allow-missing")
 
@@ -286,13 +316,14 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False):
 class TrainingSet(torch.utils.data.Dataset):
     """Examples -> {"image": uint8 (3, size, size), "tokens", "labels", "points", "conversation": lists}.
 
-    tokens, labels and points as in Chat.conversation(), behind BOS and "\\n". conversation is the number of
-    the conversation that a token belongs to, from 1, or 0 for BOS and "\\n", which all of them share.
+    images: the folder of the photos. tokens, labels and points as in Chat.conversation(), behind BOS and
+    "\\n". conversation is the number of the conversation that a token belongs to, from 1, or 0 for BOS and
+    "\\n", which all of them share.
     """
 
-    def __init__(self, examples, categories, chat, root, size):
+    def __init__(self, examples, categories, chat, images, size):
         self.examples, self.categories, self.chat = examples, categories, chat
-        self.root, self.size = root, size
+        self.images, self.size = images, size
 
     def __len__(self):
         return len(self.examples)
@@ -304,7 +335,7 @@ class TrainingSet(torch.utils.data.Dataset):
         shown = instance.visible & inside(points)
         hidden = [name for (name, _), is_shown in zip(category.keypoints, shown) if not is_shown]
         tokens = [self.chat.bos, *self.chat.newline]
-        item = {"image": crop.cut(Path(self.root, "images", instance.photo), self.size), "tokens": tokens,
+        item = {"image": crop.cut(Path(self.images, instance.photo), self.size), "tokens": tokens,
                 "labels": [IGNORE] * len(tokens), "conversation": [0] * len(tokens), "points": []}
         for number, group in enumerate(example.groups, 1):
             asked = [(category.keypoints[k], tuple(points[k])) for k in group]

@@ -245,7 +245,7 @@ def draw_tile(photo, box, category, predicted, annotated, confidence, height=360
     return assemble(picture, marks, texts, height / 75, category.skeleton, leaders), marks
 
 
-def draw_sheet(path, instances, predicted, categories, root, confidence=None, n=12, width=1900):
+def draw_sheet(path, instances, predicted, categories, images, confidence=None, n=12, width=1900):
     """Draws n instances, in rows: the first of each category, then the second of each, and so on.
 
     predicted, confidence: for each instance as in draw_points(). Rows are about `width` pixels wide.
@@ -256,7 +256,7 @@ def draw_sheet(path, instances, predicted, categories, root, confidence=None, n=
         seen[instance.category_id] += 1
     for _, i in sorted(turns)[:n]:
         instance, K = instances[i], len(predicted[i])
-        photo, shrink = open_reduced(Path(root, "images", instance.photo), max(instance.box[2:]), 360)
+        photo, shrink = open_reduced(Path(images, instance.photo), max(instance.box[2:]), 360)
         annotated = [tuple(p / shrink) if v else None for p, v in zip(instance.keypoints, instance.visible)]
         tile, of_tile = draw_tile(
             photo, [v / shrink for v in instance.box], categories[instance.category_id],

@@ -1,7 +1,8 @@
-"""Evaluates a checkpoint on MP-100, or scores predictions from anywhere (paper, section 4.1; Tables 2 to 9).
+"""Evaluates a checkpoint on MP-100 or own data, or scores predictions (paper, section 4.1; Tables 2 to 9).
 
     python evaluate.py runs/split1/ckpt.pt                  all it needs is in the checkpoint; torchrun works
     python evaluate.py --score predictions.json --split 1   the metric alone, without network and photographs
+    python evaluate.py CKPT --annotations val.json --images photos          your own data, see coco.py
 
 PCK@t is the share of an instance's visible keypoints that are predicted closer than t times the longer side
 of its box, averaged over instances. mPCK is the mean over five thresholds. Beside the checkpoint it leaves
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import load_trained, read_checkpoint
+from coco import list_texts, read_coco, read_texts, replace_texts
 from common import InputError, natural, positive, read_json, run, silence_worker, start_processes, write_json
 from data import (
     crop_of,
@@ -162,15 +164,15 @@ def predict(model, chat, crops, images, categories, cumulative=False, **how):
 class Photos(torch.utils.data.Dataset):
     """Instances -> (index, image of the crop), the image None if the photo cannot be read."""
 
-    def __init__(self, instances, root, size):
-        self.instances, self.root, self.size = instances, root, size
+    def __init__(self, instances, folder, size):
+        self.instances, self.folder, self.size = instances, folder, size
 
     def __len__(self):
         return len(self.instances)
 
     def __getitem__(self, i):
         try:
-            photo = Path(self.root, "images", self.instances[i].photo)
+            photo = Path(self.folder, self.instances[i].photo)
             return i, crop_of(self.instances[i]).cut(photo, self.size)
         except InputError:
             return i, None
@@ -208,7 +210,7 @@ def predict_instances(model, chat, instances, categories, batches, **how):
     return results
 
 
-def ask_checkpoint(args, checkpoint, instances, categories, root):
+def ask_checkpoint(args, checkpoint, instances, categories, images):
     """Shares out the photos between all processes -> what predict_instances() gives.
 
     On every process but the first, None.
@@ -216,7 +218,7 @@ def ask_checkpoint(args, checkpoint, instances, categories, root):
     rank, world, device = start_processes()
     model, chat = load_trained(checkpoint, device, args.llm, args.vit)
     check_decoding(chat, args.decode, args.constrained)
-    loader = DataLoader(Photos(instances, root, checkpoint["args"]["image_size"]), collate_fn=list,
+    loader = DataLoader(Photos(instances, images, checkpoint["args"]["image_size"]), collate_fn=list,
                         batch_sampler=make_batches(instances, args.batch)[rank::world],
                         num_workers=args.workers, worker_init_fn=silence_worker)
     results = predict_instances(
@@ -240,6 +242,9 @@ def parse_arguments(argv):
     add("--score", metavar="JSON", help="score these predictions instead")
     add("--data", help="MP-100; default: that of the checkpoint, or data/mp100")
     add("--split", type=positive, help="default: that of the checkpoint, or 1")
+    add("--annotations", metavar="JSON", help="your own data instead, a COCO keypoints file; default: what "
+        "the training was given as --val")
+    add("--images", metavar="DIR", help="its photos; default: those of the training")
     add("--subset", choices=["train", "val", "test"], default="test")
     add("--descriptions", help="texts that replace those of the same category")
     add("--llm", help="where its weights are now, if they were moved since")
@@ -266,25 +271,55 @@ def parse_arguments(argv):
     return args
 
 
-def find_categories(args, checkpoint):
-    """{category id: Category}: the checkpoint's own, but for --descriptions, which replace some or all."""
-    if not checkpoint:
-        return read_descriptions(args.descriptions or "descriptions.json")
-    own = parse_descriptions(checkpoint["descriptions"], args.checkpoint)
-    return own | read_descriptions(args.descriptions) if args.descriptions else own
+def read_data(args, checkpoint, trained):
+    """-> instances, {id: Category}, the annotation file, the folder of the photos, facts for the report.
+
+    trained: the arguments of the checkpoint's training, {} without checkpoint.
+    """
+    if args.annotations or trained.get("annotations") and not (args.data or args.split):
+        return read_own_data(args, checkpoint, trained)
+    if args.images:
+        raise InputError("--images goes with --annotations; MP-100's photos are in images/ of --data")
+    root, split = args.data or trained.get("data", "data/mp100"), args.split or trained.get("split", 1)
+    annotations = Path(root, "annotations", f"mp100_split{split}_{args.subset}.json")
+    if checkpoint:
+        categories = parse_descriptions(checkpoint["descriptions"], args.checkpoint)
+        categories |= read_descriptions(args.descriptions) if args.descriptions else {}
+    else:
+        categories = read_descriptions(args.descriptions or "descriptions.json")
+    instances = read_instances(annotations, categories)
+    return instances, categories, annotations, Path(root, "images"), {"split": split, "subset": args.subset}
+
+
+def read_own_data(args, checkpoint, trained):
+    """The same for a COCO keypoints file, whose categories are looked up by name, not by id."""
+    if args.data or args.split or args.subset != "test":
+        raise InputError("--data, --split and --subset are MP-100's; leave them out with --annotations")
+    annotations, images = args.annotations or trained["val"], args.images or trained.get("images")
+    if not annotations:
+        raise InputError(f"{args.checkpoint}: was trained on {trained['annotations']} without --val; "
+                         "say with --annotations what to evaluate")
+    if checkpoint and not images:
+        raise InputError(f"{annotations}: where are its photos? Say it with --images")
+    texts = read_texts(args.descriptions) if args.descriptions else None
+    if checkpoint:
+        known = list_texts(parse_descriptions(checkpoint["descriptions"], args.checkpoint))
+        texts = replace_texts(known, texts or [])
+    rank, *_ = start_processes()
+    say = print if rank == 0 else lambda *_: None
+    instances, descriptions = read_coco(annotations, images, texts, say)
+    categories = parse_descriptions(descriptions, annotations)
+    return instances, categories, annotations, images, {"evaluated on": str(annotations)}
 
 
 def main(argv):
     args = parse_arguments(argv)
     checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
     trained = checkpoint["args"] if checkpoint else {}
-    root, split = args.data or trained.get("data", "data/mp100"), args.split or trained.get("split", 1)
-    annotations = Path(root, "annotations", f"mp100_split{split}_{args.subset}.json")
-    categories = find_categories(args, checkpoint)
-    instances = read_instances(annotations, categories)
+    instances, categories, annotations, images, facts = read_data(args, checkpoint, trained)
     if not instances:
         raise InputError(f"{annotations}: no object to evaluate")
-    facts = {"split": split, "subset": args.subset, **({"cumulative": True} if args.cumulative else {})}
+    facts |= {"cumulative": True} if args.cumulative else {}
     if args.score:
         predicted = read_predictions(args.score, instances, args.allow_missing)
         report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
@@ -292,21 +327,21 @@ def main(argv):
         if args.report:
             write_json(args.report, report)
     else:
-        evaluate_checkpoint(args, checkpoint, instances, categories, root, annotations, facts)
+        evaluate_checkpoint(args, checkpoint, instances, categories, images, annotations, facts)
 
 
-def evaluate_checkpoint(args, checkpoint, instances, categories, root, annotations, facts):
+def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotations, facts):
     """Asks a checkpoint's model about all instances, and writes the report, the predictions and a picture."""
     n_annotated = len(instances)
-    instances = keep_readable(instances, root, categories, args.allow_missing)
-    results = ask_checkpoint(args, checkpoint, instances, categories, root)
+    instances = keep_readable(instances, images, categories, args.allow_missing)
+    results = ask_checkpoint(args, checkpoint, instances, categories, images)
     if results is None:
         return
     broken = [instance for i, instance in enumerate(instances) if results[i] is None]
-    refuse_missing(broken, root, categories, args.allow_missing)
+    refuse_missing(broken, images, categories, args.allow_missing)
     read = [i for i in range(len(instances)) if results[i]]
     if not read:
-        raise InputError(f"{root}/images: no readable photos to evaluate on")
+        raise InputError(f"{images}: no readable photos to evaluate on")
     instances, predictions = [instances[i] for i in read], [results[i] for i in read]
     predicted = [[prediction.point for prediction in of_photo] for of_photo in predictions]
     facts["malformed"] = sum(point is None for points in predicted for point in points)
@@ -321,7 +356,7 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, root, annotatio
          "confidence": [p.confidence and round(p.confidence, 2) for p in of_photo]}
         for instance, points, of_photo in zip(instances, predicted, predictions)])
     confidence = [[prediction.confidence for prediction in of_photo] for of_photo in predictions]
-    draw_sheet(out / "predictions.png", instances, predicted, categories, root, confidence)
+    draw_sheet(out / "predictions.png", instances, predicted, categories, images, confidence)
     print(f"wrote {out}/report.json, predictions.json, predictions.png")
 
 

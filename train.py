@@ -1,8 +1,9 @@
-"""Fine-tunes CapeLLM on a split of MP-100 (paper, sections 3.3 and 4.2). The defaults are the paper's.
+"""Fine-tunes CapeLLM on MP-100 (paper, sections 3.3 and 4.2) or your own data. The defaults are the paper's.
 
     torchrun --nproc_per_node 4 train.py --split 1              4 GPUs
     python train.py --split 1                                   one GPU or a CPU: the same, more slowly
     python train.py --resume runs/split1/ckpt.pt                goes on where a run stopped
+    python train.py --annotations train.json --images photos    your own data, see coco.py
 
 An optimizer step takes --batch conversations, cut into micro-batches that the processes share out and
 accumulate. Everything random is drawn from (seed, epoch, example) or from (seed, number of the micro-batch),
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from chat import INSTRUCTIONS, PRETRAINING
 from checkpoint import load_chat, load_model, read_checkpoint, save_checkpoint
+from coco import read_coco, read_texts
 from common import (
     InputError,
     between,
@@ -64,12 +66,18 @@ def build_parser():
     add = parser.add_argument_group("files").add_argument
     add("--data", default="data/mp100", help="MP-100: annotations/ and images/")
     add("--split", type=positive, default=1, help="1 to 5")
-    add("--descriptions", default="descriptions.json", help="names and descriptions of all keypoints")
+    add("--annotations", metavar="JSON", help="your own data instead: a COCO keypoints file, see coco.py")
+    add("--images", metavar="DIR", help="the photos of --annotations and --val")
+    add("--val", metavar="JSON", help="likewise, what evaluate.py asks about")
+    add("--descriptions", metavar="JSON", help="names and descriptions of all keypoints; if not given, "
+        "descriptions.json, or for --annotations what their names say")
     add("--llm", default="weights/Llama-3.1-8B", help="config.json, tokenizer.json, *.safetensors")
     add("--vit", default="weights/dinov2-large", help="config.json, model.safetensors")
-    add("--out", help="folder of the checkpoint; runs/splitN or runs/pretrain-... if not given")
+    add("--out", help="folder of the checkpoint; runs/splitN, runs/pretrain-... or runs/ and the name of "
+        "--annotations if not given")
     add("--resume", metavar="CKPT", help="a checkpoint to go on from, with its arguments")
-    add("--init", metavar="CKPT", help="a checkpoint whose projection to start from, e.g. one of --pretrain")
+    add("--init", metavar="CKPT", help="a checkpoint to start from, with all that trains here too")
+    add("--init-projection", metavar="CKPT", help="likewise, with its projection alone: Table 9")
     add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
     add = parser.add_argument_group("network").add_argument
     add("--image-size", type=positive, default=224, help="pixels a side")
@@ -108,19 +116,55 @@ def build_parser():
 def parse_arguments(argv):
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.resume and args.init:
-        parser.error("--resume goes on from a checkpoint, --init starts from one: give only one of them")
+    if sum(map(bool, (args.resume, args.init, args.init_projection))) > 1:
+        parser.error("--resume goes on from a checkpoint, --init and --init-projection start from one: "
+                     "give only one of them")
     if args.resume:  # the run's own arguments, but for what the command line says
         parser.set_defaults(**read_checkpoint(args.resume)["args"])
         args = parser.parse_args(argv)
+    if bool(args.annotations) != bool(args.images) or args.val and not args.annotations:
+        parser.error("--annotations train.json, --images DIR and, if you like, --val val.json go together")
+    if args.annotations and any(getattr(args, x) != parser.get_default(x) for x in ("data", "split")):
+        parser.error("--data and --split are MP-100's: leave them out with --annotations")
+    if not args.annotations:
+        args.descriptions = args.descriptions or "descriptions.json"
     if args.pretrain:
         tunes_more = "full" in (args.tune_vit, args.tune_llm)
         if (args.instruction, args.answer) != ("description", "text") or tunes_more:
             parser.error("--pretrain has its own instruction and trains the projection alone: "
                          "leave out --instruction, --answer, --tune-*")
         args.tune_vit = args.tune_llm = "frozen"
-    args.out = args.out or (f"runs/pretrain-{args.pretrain}" if args.pretrain else f"runs/split{args.split}")
+    data = Path(args.annotations).stem if args.annotations else f"split{args.split}"
+    args.out = args.out or (f"runs/pretrain-{args.pretrain}" if args.pretrain else f"runs/{data}")
     return args
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+def images_folder(args):
+    return args.images if args.annotations else Path(args.data, "images")
+
+
+def read_data(args, say):
+    """-> instances with a photo, {id: Category}, and the descriptions as a checkpoint keeps them."""
+    if args.annotations:
+        texts = read_texts(args.descriptions) if args.descriptions else None
+        instances, descriptions = read_coco(args.annotations, args.images, texts, say)
+        if texts is None:
+            say('warning: no --descriptions, so each keypoint has "the NAME of the CATEGORY"; words matter '
+                '(Table 3): give it texts.json, {"NAME": "where it is and what is beside it", ...}')
+        if args.val:  # its categories may be others
+            _, of_val = read_coco(args.val, args.images, texts, say)
+            descriptions = {part: of_val[part] | own for part, own in descriptions.items()}
+        categories = parse_descriptions(descriptions, args.annotations)
+    else:
+        descriptions = read_json(args.descriptions)
+        categories = parse_descriptions(descriptions, args.descriptions)
+        annotations = Path(args.data, "annotations", f"mp100_split{args.split}_train.json")
+        instances = read_instances(annotations, categories)
+    instances = keep_readable(instances, images_folder(args), categories, args.allow_missing)
+    return instances, categories, descriptions
 
 
 # -------------------------------------------------------------------------------------------------- schedule
@@ -179,10 +223,11 @@ def load_batches(instances, categories, chat, args, first_step, epoch_steps, ran
     for epoch in range(first_step // epoch_steps, args.epochs):
         examples = plan_epoch(instances, args.seed, epoch, args.rounds, args.pack)
         if not examples:
-            raise InputError(f"{args.data}: split {args.split} has no visible keypoint to train on")
+            data = args.annotations or f"{args.data}: split {args.split}"
+            raise InputError(f"{data} has no visible keypoint to train on")
         steps = range(max(0, first_step - epoch * epoch_steps), epoch_steps)
         loader = iter(DataLoader(
-            TrainingSet(examples, categories, chat, args.data, args.image_size), collate_fn=collate,
+            TrainingSet(examples, categories, chat, images_folder(args), args.image_size), collate_fn=collate,
             batch_sampler=list(micro_batches(len(examples), steps, args, rank, world)),
             num_workers=args.workers, worker_init_fn=silence_worker, pin_memory=device.type == "cuda"))
         for _ in steps:
@@ -281,16 +326,13 @@ def main(argv):
                          f"x {world} processes")
 
     # ---- data
-    descriptions = read_json(args.descriptions)
-    chat, categories = load_chat(args), parse_descriptions(descriptions, args.descriptions)
-    annotations = Path(args.data, "annotations", f"mp100_split{args.split}_train.json")
-    instances = read_instances(annotations, categories)
-    instances = keep_readable(instances, args.data, categories, args.allow_missing)
+    chat = load_chat(args)
+    instances, categories, descriptions = read_data(args, say)
     n_examples = sum(1 if args.pack else count_groups(len(o.keypoints), args.rounds) for o in instances)
     epoch_steps = math.ceil(n_examples / args.batch)
 
     # ---- network
-    model = load_model(args, device, checkpoint)
+    model = load_model(args, device, checkpoint, say)
     optimizer, step = make_optimizer(model, args, device), 0
     if checkpoint:
         try:

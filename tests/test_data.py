@@ -166,6 +166,38 @@ def test_a_malformed_annotation_is_named_in_one_line(tmp_path, changes, says):
         read_one(tmp_path, **changes)
 
 
+TEXTS_OF = "in the descriptions"
+
+
+@pytest.mark.parametrize("category, says", [
+    ({"id": 2, "name": "person"}, f"category 2 is person, but plate {TEXTS_OF}"),
+    ({"id": 1, "name": "cup", "keypoints": ["rim"]}, "category 1, cup, has 1 keypoints, but 4 descriptions"),
+    ({"id": 1, "name": "cup", "keypoints": ["Rim", "heart", "Left_Ear", "foot"]},
+     f"category 1, cup: keypoint 2 is heart, but foot {TEXTS_OF}"),
+    ({"id": 1, "name": "cup", "keypoints": ["1", "2", "3", "heart"]}, None),  # numbered, as in MP-100
+    ({"id": 2, "name": "PLATE", "keypoints": []}, None),  # as MP-100's faces
+    ({"id": 7, "name": "person", "keypoints": ["nose"]}, None),  # without descriptions, and not used
+    ({"id": 1}, None),
+])
+def test_an_annotation_file_and_the_descriptions_mean_the_same_categories(tmp_path, category, says):
+    """On MP-100's own files this holds: the fixture `benchmark` reads them."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": [category]}))
+    if says:
+        with pytest.raises(InputError, match=rf"^[^\n]*a\.json: {says}$"):
+            read_instances(path, CATEGORIES)
+    else:
+        assert read_instances(path, CATEGORIES) == []
+
+
+def test_renamed_keypoints_fit_the_benchmark(shared):
+    """Figure 4's names, which are others than the annotations'."""
+    renamed = data.read_descriptions(ROOT / "assets/animal_body_renamed.json")
+    categories = json.loads((shared / "mp100/categories.json").read_text())
+    assert len({entry["id"] for entry in categories} & renamed.keys()) == len(renamed) == 34
+    data.check_categories(categories, renamed, "categories.json")
+
+
 # ----------------------------------------------------------------------------------------------------- crops
 
 
@@ -439,8 +471,7 @@ def test_an_epochs_examples_are_shuffled_anew_each_time(pack):
 @pytest.fixture
 def photos(tmp_path):
     """A folder with the photo of cups()."""
-    (tmp_path / "images").mkdir()
-    Image.effect_noise((120, 100), 90).save(tmp_path / "images/cup.png")
+    Image.effect_noise((120, 100), 90).save(tmp_path / "cup.png")
     return tmp_path
 
 
@@ -453,7 +484,7 @@ def test_training_sequence_shows_the_crop_and_asks_where_its_keypoints_are(chat,
     assert points is None  # answers are text
 
     head = 1 + len(chat.newline)
-    image = crop.cut(photos / "images/cup.png", 28)
+    image = crop.cut(photos / "cup.png", 28)
     for row, (item, example) in enumerate(zip(items, examples)):
         n = len(item["tokens"])
         assert torch.equal(images[row], image)
@@ -584,7 +615,7 @@ def test_batches_depend_on_seed_and_epoch_and_nothing_else(miniature, tiny):
     (root, categories, instances), chat = miniature, Chat(tiny / "llm")
 
     def batches(n_workers):
-        dataset = TrainingSet(plan_epoch(instances, 1, 2, 4)[:24], categories, chat, root, 56)
+        dataset = TrainingSet(plan_epoch(instances, 1, 2, 4)[:24], categories, chat, root / "images", 56)
         torch.manual_seed(np.random.randint(1000))  # all that is random elsewhere has no influence
         loader = torch.utils.data.DataLoader(dataset, 4, collate_fn=collate, num_workers=n_workers)
         return [tensor for batch in loader for tensor in batch[:3]]
@@ -632,10 +663,10 @@ def test_missing_and_damaged_photos_are_counted_by_category(tmp_path, content):
         spoil(tmp_path / f"images/{i}.png", content)
     says = r"photos of 3 \w+ are missing or unreadable \(cup 2, plate 1\), e\.g\. 1\.png"
     with pytest.raises(InputError, match=rf"^[^\n]*images: {says}[^\n]*$"):
-        data.keep_readable(instances, tmp_path, CATEGORIES, allow_missing=False)
-    assert data.keep_readable(instances, tmp_path, CATEGORIES, allow_missing=True) == instances[:1]
+        data.keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=False)
+    assert data.keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=True) == instances[:1]
     with pytest.raises(InputError, match=r"^[^\n]*images: none of the photos of 3 \w+ is there$"):
-        data.keep_readable(instances[1:], tmp_path, CATEGORIES, allow_missing=True)
+        data.keep_readable(instances[1:], tmp_path / "images", CATEGORIES, allow_missing=True)
 
 
 READERS = {

@@ -245,8 +245,8 @@ def test_a_sheet_takes_turns_between_categories(tmp_path, monkeypatch):
     instances = [*wagons, *kites]
     predicted = [[(i, k) for k in range(len(instance.keypoints))] for i, instance in enumerate(instances)]
     confidence = [[0.1 * i] * len(points) for i, points in enumerate(predicted)]
-    draw.draw_sheet(tmp_path / "sheet.png", instances, predicted, categories, data, confidence, n=4,
-                    width=800)
+    draw.draw_sheet(tmp_path / "sheet.png", instances, predicted, categories, data / "images", confidence,
+                    n=4, width=800)
     expected = [0, 3, 1, 4]  # of instances
     assert [tile.box for tile in shown] == [list(instances[i].box) for i in expected]
     assert [tile.predicted for tile in shown] == [predicted[i] for i in expected]
@@ -278,6 +278,6 @@ def test_a_sheet_is_not_mostly_paper(tmp_path, shared):
     categories = read_descriptions(data / "descriptions.json")
     instances = read_instances(data / "annotations/mp100_split1_test.json", categories)
     points = [[tuple(p) for p in instance.keypoints.tolist()] for instance in instances]
-    draw.draw_sheet(tmp_path / "sheet.png", instances, points, categories, data, n=8)
+    draw.draw_sheet(tmp_path / "sheet.png", instances, points, categories, data / "images", n=8)
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
     assert (sheet == 255).all(-1).mean() < 0.4

@@ -306,7 +306,7 @@ def test_a_pretrained_variant_starts_from_its_pretraining(out, calls):
     (_, before), (_, after), *_ = calls
     assert before[before.index("--pretrain") + 1] == "step"
     assert "--pretrain" not in after
-    assert after[after.index("--init") + 1] == f"{out}/pretrain-step-0/pretraining/ckpt.pt"
+    assert after[after.index("--init-projection") + 1] == f"{out}/pretrain-step-0/pretraining/ckpt.pt"
 
 
 def test_a_cell_is_the_mean_of_the_seeds_and_its_spread(tmp_path):

@@ -18,7 +18,7 @@ VARIANTS = [  # name, flags of train.py, number of seeds
     ("outline", "--instruction outline", 1), ("diverse-outline", "--instruction diverse-outline", 1),
     ("step", "--instruction step", 1), ("token", "--answer token", 1),
     ("token-step", "--answer token --instruction step", 1),
-    ("pretrain-direct", "--pretrain direct", 1), ("pretrain-step", "--pretrain step", 1),  # then --init
+    ("pretrain-direct", "--pretrain direct", 1), ("pretrain-step", "--pretrain step", 1),
     ("dynamic", "--rounds dynamic", 1)]
 
 
@@ -57,7 +57,7 @@ def run_row(out, recipe, name, flags, seed):
             fixed = ["--data", world / "data", "--descriptions", world / "descriptions.json", "--seed", seed]
             own = flags.split()
             if "--pretrain" in own:
-                own = ["--init", train(folder / "pretraining", [*fixed, *recipe, *own])]
+                own = ["--init-projection", train(folder / "pretraining", [*fixed, *recipe, *own])]
             checkpoint = train(folder, [*fixed, *recipe, *own])
             for way, how in missing.items():
                 call(folder, "evaluate.py", checkpoint, "--out", folder / way, "--workers", 1, *how)
@@ -78,7 +78,8 @@ def write_table(path, out, variants):
     lines = ["| variant | flags | greedy PCK@0.05 | PCK@0.2 | median PCK@0.05 | PCK@0.2 |",
              "|---|---|---|---|---|---|"]
     for name, flags, seeds in variants:
-        said = (f"`{flags}`" if flags else "") + (", then `--init`" if "--pretrain" in flags else "")
+        said = f"`{flags}`" if flags else ""
+        said += ", then `--init-projection`" if "--pretrain" in flags else ""
         for kind, how in ("", ""), ("cumulative-", ", evaluated with `--cumulative`"):
             if f"{kind}greedy" in evaluations(flags):
                 cells = [cell(out, name, seeds, kind + way, key) for way in ("greedy", "median")
