@@ -50,7 +50,7 @@ def load_model(args, device, checkpoint=None):
     """The network of a run's arguments, with the trained weights of its checkpoint if there is one."""
     torch.manual_seed(args.seed)  # adapters and projection start alike in all processes
     model = CapeLLM.load(args.vit, args.llm, args.image_size, args.tune_vit, args.tune_llm, args.answer,
-                         device)
+                         device, args.dtype)
     try:
         if checkpoint:
             load_trainable_state(model, checkpoint["model"])
@@ -70,11 +70,14 @@ def load_chat(args):
     return Chat(args.llm, instruction, args.answer)
 
 
-def load_trained(checkpoint, device, llm=None, vit=None):
-    """What read_checkpoint() gave -> its network and Chat. llm, vit: where the weights are now, if moved."""
+def load_trained(checkpoint, device, llm=None, vit=None, dtype=None):
+    """What read_checkpoint() gave -> its network and Chat. llm, vit: where the weights are now, if moved.
+
+    dtype: see CapeLLM.load(); that of the training does not matter.
+    """
     trained = argparse.Namespace(**checkpoint["args"])
     if trained.pretrain:
         raise InputError("the checkpoint is one of --pretrain, which locates nothing; "
                          "train from it with train.py --init")
-    trained.llm, trained.vit = llm or trained.llm, vit or trained.vit
+    trained.llm, trained.vit, trained.dtype = llm or trained.llm, vit or trained.vit, dtype
     return load_model(trained, device, checkpoint).eval(), load_chat(trained)
