@@ -54,7 +54,7 @@ def load_model(args, device, checkpoint=None, say=print):
     """
     torch.manual_seed(args.seed)  # adapters and projection start alike in all processes
     model = CapeLLM.load(args.vit, args.llm, args.image_size, args.tune_vit, args.tune_llm, args.answer,
-                         device)
+                         device, args.dtype)
     start = None if checkpoint else args.init or args.init_projection
     try:
         if checkpoint:
@@ -90,13 +90,17 @@ def load_chat(args):
     return Chat(args.llm, instruction, args.answer)
 
 
-def load_trained(checkpoint, device, llm=None, vit=None):
-    """What read_checkpoint() gave -> its network and Chat. llm, vit: where the weights are now, if moved."""
+def load_trained(checkpoint, device, llm=None, vit=None, dtype=None):
+    """What read_checkpoint() gave -> its network and Chat. llm, vit: where the weights are now, if moved.
+
+    dtype: see CapeLLM.load(); that of the training does not matter.
+    """
     trained = argparse.Namespace(**checkpoint["args"])
     if trained.pretrain:
         raise InputError("the checkpoint is one of --pretrain, which locates nothing; "
                          "train from it with train.py --init")
     trained.llm, trained.vit = find_weights(llm or trained.llm), find_weights(vit or trained.vit)
+    trained.dtype = dtype
     return load_model(trained, device, checkpoint).eval(), load_chat(trained)
 
 

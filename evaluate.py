@@ -35,6 +35,7 @@ from data import (
 )
 from decode import locate
 from draw import draw_sheet
+from model import DTYPES
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
 
@@ -216,7 +217,7 @@ def ask_checkpoint(args, checkpoint, instances, categories, images):
     On every process but the first, None.
     """
     rank, world, device = start_processes()
-    model, chat = load_trained(checkpoint, device, args.llm, args.vit)
+    model, chat = load_trained(checkpoint, device, args.llm, args.vit, args.dtype)
     check_decoding(chat, args.decode, args.constrained)
     loader = DataLoader(Photos(instances, images, checkpoint["args"]["image_size"]), collate_fn=list,
                         batch_sampler=make_batches(instances, args.batch)[rank::world],
@@ -249,6 +250,8 @@ def parse_arguments(argv):
     add("--descriptions", help="texts that replace those of the same category")
     add("--llm", help="where its weights are now, if they were moved since")
     add("--vit", help="likewise")
+    add("--dtype", choices=DTYPES,
+        help="of frozen weights and of computing; default: bf16 on CUDA, fp32 elsewhere")
     add("--protocol", choices=["query", "pairs"], default="query",
         help="Table 2: each object once, or support-query pairs")
     add("--constrained", action="store_true", help="hold answers to the format, so that none is malformed")

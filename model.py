@@ -22,6 +22,8 @@ from llama import Llama
 from lora import add_lora
 from vit import ViT
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class CapeLLM(nn.Module):
     """answers: "text", or "token" for Table 8's <KEYPOINT>, off whose hidden state the point is read."""
@@ -41,12 +43,13 @@ class CapeLLM(nn.Module):
 
     @classmethod
     def load(cls, vit_directory, llm_directory, image_size=224, tune_vit="lora", tune_llm="lora",
-             answers="text", device="cpu"):
+             answers="text", device="cpu", dtype=None):
         """Published weights with fresh adapters. tune_*: "frozen", "lora" (the paper) or "full".
 
-        Frozen weights are bf16 on a GPU and fp32 elsewhere. What trains is fp32 and requires grad.
+        dtype: of frozen weights and of computing, "fp32" or "bf16"; by default bf16 on CUDA, fp32 elsewhere.
+        What trains is fp32 and requires grad.
         """
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        dtype = DTYPES[dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
         kind = read_json(Path(vit_directory, "config.json"), dict).get("model_type")
         Encoder = Hiera if kind == "hiera" else ViT
         vit = Encoder.load(vit_directory, image_size, torch.float32 if tune_vit == "full" else dtype, device)

@@ -48,6 +48,7 @@ from data import (
     read_instances,
 )
 from lora import trainable_state
+from model import DTYPES
 
 # of dense bf16 products, from data sheets
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A6000": 154.8, "4090": 165.2, "3090": 71}
@@ -107,6 +108,8 @@ def build_parser():
     add("--checkpoint-activations", action="store_true",
         help="keep hardly any activations, for half as much work again")
     add("--compile", action="store_true", help="torch.compile every block")
+    add("--dtype", choices=DTYPES, help="of frozen weights and of computing; bf16 on CUDA and fp32 elsewhere "
+        "if not given")
     add("--workers", type=natural, default=4, help="processes that read photos, per GPU")
     add("--save-every", type=positive, default=100, help="steps between checkpoints")
     add("--log-every", type=positive, default=1, help="steps between log lines")

@@ -1,0 +1,107 @@
+"""Real pretrained backbones, SmolLM2-135M and a DINOv2 ViT-S/14: against Transformers, and in all programs.
+
+CAPELLM_REAL names a folder with their llm/ and vit/, as .ci/run makes it; without it these tests are skipped.
+"""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from programs import command_line, read_results
+
+import evaluate
+import predict
+import train
+from chat import Chat
+from checkpoint import read_checkpoint
+from data import Crop, normalize
+from decode import Conversations, answer_plainly
+from llama import Llama
+from vit import ViT
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def real():
+    if "CAPELLM_REAL" not in os.environ:
+        pytest.skip("no real backbones: CAPELLM_REAL names no folder with llm/ and vit/")
+    return Path(os.environ["CAPELLM_REAL"])
+
+
+@pytest.fixture(scope="module")
+def llama(real):
+    return Llama.load(real / "llm")
+
+
+@torch.no_grad()
+def test_llama_equals_transformers(real, llama):
+    text = "Where is the left eye? Beside the nose and below the left ear, at [0.417,0.283]."
+    tokens = torch.tensor([Chat(real / "llm").encode(text)])
+    theirs = transformers.LlamaForCausalLM.from_pretrained(real / "llm", dtype=torch.float32)
+    want = theirs(tokens, output_hidden_states=True)
+    hidden = llama(llama.embed_tokens(tokens))
+    torch.testing.assert_close(hidden, want.hidden_states[-1], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(llama.lm_head(hidden), want.logits, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_vit_equals_transformers_on_a_photo(real, shared):
+    photo = shared / "mini_mp100/images/animalpose_cat/ca110.jpeg"
+    image = normalize(Crop(250, 190, 380).cut(photo, 112)[None])
+    ours, theirs = ViT.load(real / "vit", 518), transformers.Dinov2Model.from_pretrained(real / "vit")
+    assert torch.equal(ours.pos_embed, theirs.embeddings.position_embeddings)
+    ours.resize_positions(112)
+    theirs.embeddings.position_embeddings = ours.pos_embed  # theirs would be resized otherwise
+    want = theirs(image).last_hidden_state[:, 1:]
+    torch.testing.assert_close(ours(image), want, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_it_speaks_english(real, llama):
+    """Greedy decoding as in decode.py, with its cache: the question is read behind the first token."""
+    chat = Chat(real / "llm")
+    first, *rest = chat.encode("The capital of France is")
+    conversations = Conversations(llama, llama.embed_tokens(torch.tensor([[first]])))
+    [answer] = answer_plainly(conversations, [rest], SimpleNamespace(ending=[chat.eos], max_tokens=2))
+    assert chat.tokenizer.decode(answer) == " Paris."
+
+
+@pytest.fixture(scope="module")
+def data(shared, tmp_path_factory):
+    """Four photographs of mini_mp100: two of a mouse to train on, two of another that reaches to test."""
+    folder, source = tmp_path_factory.mktemp("data"), shared / "mini_mp100"
+    (folder / "images").symlink_to(source / "images")
+    (folder / "annotations").mkdir()
+    for subset, category in ("train", 101), ("test", 102):
+        name = f"annotations/mp100_split1_{subset}.json"
+        contents = json.loads((source / name).read_text())
+        mice = [a for a in contents["annotations"] if a["category_id"] == category]
+        (folder / name).write_text(json.dumps(contents | {"annotations": mice[:2]}))
+    return folder
+
+
+def test_trains_evaluates_and_predicts_on_photographs(real, data, shared, tmp_path, capsys):
+    descriptions = shared / "mini_mp100/descriptions.json"
+    train.main(command_line(
+        "--data", data, "--descriptions", descriptions, "--llm", real / "llm", "--vit", real / "vit",
+        "--image-size", 56, "--pack", "--epochs", 3, "--batch", 2, "--lr", 2e-3, "--warmup", 0,
+        "--dtype", "bf16", "--workers", 0, "--out", tmp_path))
+    losses = [float(line.split()[5]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert len(losses) == 3 and losses[-1] < 0.9 * losses[0], losses
+    weights = read_checkpoint(tmp_path / "ckpt.pt")["model"]
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in weights.values())
+
+    evaluate.main(command_line(tmp_path / "ckpt.pt", "--constrained", "--workers", 0))
+    report, predictions = read_results(tmp_path)
+    assert report["malformed"] == 0
+    assert [len(p["keypoints"]) for p in predictions] == [5, 5]
+
+    photo = shared / "mini_mp100/images/animalpose_cat/ca110.jpeg"
+    predict.main(command_line(
+        tmp_path / "ckpt.pt", photo, "--keypoints", "nose: the tip of the snout, below both eyes",
+        "--out", tmp_path / "cat.png"))
+    assert "nose" in capsys.readouterr().out and (tmp_path / "cat.png").exists()
