@@ -35,7 +35,7 @@ POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 def serve(locator, port):
     """Serves the page until Ctrl-C. InputError if the port is not free."""
     with Server(locator, port) as server:
-        print(f"http://127.0.0.1:{server.server_port}\nopen this address in a browser; Ctrl-C ends it", flush=True)
+        print(f"http://127.0.0.1:{server.server_port}   (open it in a browser; Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -54,10 +54,10 @@ class Server(ThreadingHTTPServer):
         names = {}  # of the sets of keypoints, one name for each, though several categories share some
         for name, category in locator.sets.items():
             names.setdefault(tuple(category.keypoints), name)
-        sets = {name: "\n".join(f"{point}: {text}" for point, text in keypoints)
+        sets = {name: "\n".join(f"{keypoint}: {text}" for keypoint, text in keypoints)
                 for keypoints, name in sorted(names.items(), key=lambda pair: pair[1].lower())}
-        is_toy = locator.size == 112
-        self.start = {"sets": sets, "max_bytes": MAX_BYTES, "example": EXAMPLE if is_toy else None}
+        example = EXAMPLE if locator.size == 112 else None  # only the toy's photos are that small
+        self.start = {"sets": sets, "max_bytes": MAX_BYTES, "example": example}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -66,38 +66,35 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds that the other side may be silent
 
     def do_GET(self):
-        path = self.path.partition("?")[0]
         if self.is_foreign():
-            self.refuse(403, "only for pages of this address")
-        elif path in FILES:
-            file, kind = FILES[path]
+            self.reply(403, {"error": "only for a page of this address"})
+        elif self.path in FILES:
+            file, kind = FILES[self.path]
             self.reply(200, (FOLDER / file).read_bytes(), kind)
-        elif path == "/start":
-            self.reply_json(200, self.server.start)
+        elif self.path == "/start":
+            self.reply(200, self.server.start)
         else:
-            self.refuse(404, f"{path}: there is no such page")
+            self.reply(404, {"error": f"{self.path}: there is no such page"})
 
     def do_POST(self):
         path, _, query = self.path.partition("?")
         length = self.headers.get("Content-Length", "")
         if self.is_foreign():
-            self.refuse(403, "only for pages of this address")
+            self.reply(403, {"error": "only for a page of this address"})
         elif path != "/locate":
-            self.refuse(404, f"{path}: there is no such page")
+            self.reply(404, {"error": f"{path}: there is no such page"})
         elif not length.isdecimal():
-            self.refuse(411, "the length of the photo is missing")
+            self.reply(411, {"error": "the length of the photo is missing"})
         elif int(length) > MAX_BYTES:
-            self.refuse(413, f"the photo has more than {MAX_BYTES // 10 ** 6} MB; make it smaller")
+            self.reply(413, {"error": f"the photo is larger than {MAX_BYTES / 1e6:g} MB; make it smaller"})
         else:
             try:
-                points = self.locate(self.rfile.read(int(length)), parse_qs(query))
+                self.reply(200, self.locate(self.rfile.read(int(length)), parse_qs(query)))
             except InputError as e:
-                self.refuse(400, str(e))
-            else:
-                self.reply_json(200, points)
+                self.reply(400, {"error": str(e)})
 
     def is_foreign(self):
-        """Whether another site's page asks. Its name may lead to this computer (DNS rebinding), so Host counts.
+        """Whether a page of another site asks, even if its name leads to this computer (DNS rebinding).
 
         Any port will do, since a tunnel from another computer may have changed it.
         """
@@ -112,19 +109,15 @@ class Handler(BaseHTTPRequestHandler):
         box, photo = parse_box(query.get("box", [""])[0]), read_photo(data)
         with self.server.turn:
             found = self.server.locator(photo, category, box)
-        points = [{"name": name, "x": round_off(p.x), "y": round_off(p.y), "confidence": round_off(p.confidence),
-                   "x_distribution": round_off(p.x_distribution), "y_distribution": round_off(p.y_distribution)}
+        parts = ["x", "y", "confidence", "x_distribution", "y_distribution"]
+        points = [{"name": name, **{part: round_off(getattr(p, part)) for part in parts}}
                   for name, p in found.items()]
         [square] = {p.square for p in found.values()}
         return {"width": photo.width, "height": photo.height, "box": box, "square": square, "points": points}
 
-    def refuse(self, status, words):
-        self.reply_json(status, {"error": words})
-
-    def reply_json(self, status, contents):
-        self.reply(status, json.dumps(contents).encode(), "application/json")
-
-    def reply(self, status, body, kind):
+    def reply(self, status, contents, kind="application/json"):
+        """contents: bytes, or for JSON anything."""
+        body = contents if isinstance(contents, bytes) else json.dumps(contents).encode()
         headers = {"Content-Type": kind, "Content-Length": len(body), "Content-Security-Policy": POLICY,
                    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
         try:
@@ -158,10 +151,8 @@ def read_photo(data):
         if photo.width * photo.height <= MAX_PIXELS:
             return open_photo(photo)
     except (InputError, *UNREADABLE):
-        raise InputError("this is not a photo that can be read, or a damaged one; "
-                         f"{', '.join(FORMATS)} can be") from None
-    raise InputError(f"the photo has {photo.width} x {photo.height} pixels; at most {MAX_PIXELS // 10 ** 6} "
-                     "million can be read")
+        raise InputError(f"not a readable photo: none of {', '.join(FORMATS)}, or damaged") from None
+    raise InputError(f"the photo has {photo.width} x {photo.height} pixels; make it smaller")
 
 
 def round_off(value):

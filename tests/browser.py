@@ -9,8 +9,9 @@ import time
 from contextlib import contextmanager
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIETLY = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-           "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe").split()
+OPTIONS = ["--headless", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu",
+           "--disable-quic", "--disable-background-networking", "--disable-component-update",
+           "--disable-sync", "--disable-dev-shm-usage"]
 
 
 class Page:
@@ -20,7 +21,8 @@ class Page:
         self.to_browser, self.from_browser = to_browser, from_browser
         self.session, self.number, self.complaints = {}, 0, []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
         for domain in "Page", "Runtime", "Log", "DOM":
             self.send(f"{domain}.enable")
 
@@ -56,7 +58,7 @@ class Page:
         """Waits until JavaScript is true -> its value."""
         end = time.monotonic() + 20
         while not (value := self.evaluate(script)):
-            assert time.monotonic() < end, f"never came true: {script}\n{self.evaluate('document.body.innerText')}"
+            assert time.monotonic() < end, f"{script} is not so: {self.evaluate('document.body.innerText')}"
             time.sleep(0.02)
         return value
 
@@ -95,7 +97,7 @@ def open_browser(profile):
     (its_input, to_browser), (from_browser, its_output) = os.pipe(), os.pipe()
     redirect = f'exec "$0" "$@" 3<&{its_input} 4>&{its_output}'  # the protocol is spoken there
     process = subprocess.Popen(
-        ["bash", "-c", redirect, CHROMIUM, *QUIETLY, f"--user-data-dir={profile}"],
+        ["bash", "-c", redirect, CHROMIUM, *OPTIONS, f"--user-data-dir={profile}"],
         pass_fds=(its_input, its_output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(its_input)
     os.close(its_output)
@@ -105,6 +107,7 @@ def open_browser(profile):
             yield page
             page.session = {}
             page.send("Browser.close")
+            process.wait(timeout=10)
     finally:
         process.kill()
         process.wait()
