@@ -6,14 +6,15 @@
 import http.client
 import io
 import json
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode
@@ -23,12 +24,11 @@ import pytest
 from browser import CHROMIUM, open_browser
 from conftest import ROOT
 from PIL import Image
-from programs import SUBPROCESS
 
 import page as page_module
 import predict
 from chat import Category
-from common import InputError
+from common import InputError, run
 from locator import Locator, open_photo
 
 CHECKPOINT, CREATURE = ROOT / "assets/toy/ckpt.pt", ROOT / "assets/toy/creature.jpg"
@@ -129,6 +129,18 @@ def test_a_turned_photo_is_upright(port):
     exif[0x0112] = 6  # to be turned by 90 degrees
     _, answer = locate(port, encode(photo, "JPEG", exif=exif))
     assert (answer["width"], answer["height"]) == (20, 40)
+
+
+@pytest.mark.parametrize("form", page_module.FORMATS)
+def test_every_format_is_read(port, form):
+    status, answer = locate(port, encode(Image.new("RGB", (40, 20)), form))
+    assert status == 200 and (answer["width"], answer["height"]) == (40, 20)
+
+
+def test_the_longest_question_of_a_set_fits_into_an_address(port):
+    _, start = ask(port, "GET", "/start")
+    status, answer = locate(port, CREATURE.read_bytes(), max(start["sets"].values(), key=len))
+    assert status == 200 and len(answer["points"]) == 68
 
 
 def test_questions_take_turns():
@@ -241,15 +253,23 @@ def test_a_port_that_cannot_be_opened_is_one_line(locator, port, taken):
         page_module.serve(locator, number)
 
 
-def test_the_program_serves_until_it_is_stopped(port):
-    process = subprocess.Popen(
-        [sys.executable, "predict.py", CHECKPOINT, "--serve", "--port", "0"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **SUBPROCESS)
-    address = re.match(r"http://127\.0\.0\.1:(\d+) ", process.stdout.readline())
-    status, content = ask(int(address[1]), "GET", "/")
+def test_the_program_serves_until_it_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(CHECKPOINT), "--serve", "--port", "0"])
+    process = multiprocessing.get_context("fork").Process(target=run_quietly, args=(tmp_path / "said",))
+    process.start()
+    while not (said := (tmp_path / "said").exists() and (tmp_path / "said").read_text()):
+        assert process.is_alive()
+        time.sleep(0.02)
+    status, content = ask(int(re.match(r"http://127\.0\.0\.1:(\d+) ", said)[1]), "GET", "/")
     assert status == 200 and content == (ROOT / "page.html").read_bytes()
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20) == ("", "") and process.returncode == 0
+    os.kill(process.pid, signal.SIGINT)  # Ctrl-C
+    process.join(timeout=20)
+    assert process.exitcode == 0 and (tmp_path / "said").read_text() == said
+
+
+def run_quietly(path):
+    with open(path, "w") as said, redirect_stdout(said), redirect_stderr(said):
+        run(predict.main)
 
 
 # --------------------------------------------------------------------------------------------------- browser
@@ -301,10 +321,17 @@ def type_words(page, words):
     page.send("Input.insertText", text=words)
 
 
-def test_a_photo_in_a_box_dragged_points_out(page, locator):
+@pytest.mark.parametrize("pointer", ["mouse", "finger"])
+def test_a_photo_in_a_box_dragged_points_out(page, locator, pointer):
     show(page, CREATURE)
     (x1, y1), (x2, y2) = place_of(page, 195, 164), place_of(page, 70, 52)  # from corner to corner, backwards
-    page.mouse(("Pressed", x1, y1), ("Moved", (x1 + x2) / 2, y1 - 9), ("Moved", x2, y2), ("Released", x2, y2))
+    if pointer == "mouse":
+        page.mouse(("Pressed", x1, y1), ("Moved", (x1 + x2) / 2, y1 - 9), ("Moved", x2, y2),
+                   ("Released", x2, y2))
+    else:
+        for kind, *place in ("Start", x1, y1), ("Move", x2, y2 + 50), ("Move", x2, y2), ("End",):
+            page.send("Input.dispatchTouchEvent", type=f"touch{kind}",
+                      touchPoints=[dict(zip("xy", place))] if place else [])
     box = json.loads(f"[{page.evaluate('$(`box`).value')}]")
     assert box == pytest.approx(BOX, abs=1)
     darkened = 0.55 * np.array(Image.open(CREATURE).getpixel((20, 20)))
@@ -394,6 +421,16 @@ def test_the_download_is_what_predict_writes(page, locator, tmp_path):
     job = predict.Job(Path(CREATURE.name), BOX, 1)
     predict.write_tables(tmp_path, [(job, locator(CREATURE, WORDS, BOX))], "plain")
     assert json.loads(downloaded) == json.loads((tmp_path / "keypoints.json").read_text())
+
+
+@pytest.mark.parametrize("event", ['DragEvent("drop", {dataTransfer: data,',
+                                   'ClipboardEvent("paste", {clipboardData: data,'])
+def test_a_photo_may_be_dropped_or_pasted(page, event):
+    page.evaluate(f"""(async () => {{
+        const data = new DataTransfer(), creature = await (await fetch("/creature.jpg")).blob();
+        data.items.add(new File([creature], "mine.jpg"));
+        $("words").dispatchEvent(new {event} bubbles: true, cancelable: true}})); }})()""")
+    assert page.wait("photo && photo.name") == "mine.jpg" and not page.evaluate("$('shown').hidden")
 
 
 @pytest.mark.parametrize("name, box, words, message", [
