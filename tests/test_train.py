@@ -539,7 +539,8 @@ def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(argume
 
 def test_a_projection_of_another_width_is_refused(arguments, tmp_path):
     weights = {"projection.weight": torch.zeros(9, 9), "projection.bias": torch.zeros(9)}
-    torch.save({"args": {}, "descriptions": {}, "model": weights, "optimizer": {}, "step": 1}, tmp_path / "wide.pt")
+    torch.save({"args": {}, "descriptions": {}, "model": weights, "optimizer": {}, "step": 1},
+               tmp_path / "wide.pt")
     line = refused(train, arguments("--init", tmp_path / "wide.pt"))
     assert "wide.pt: weight is (9, 9) in the checkpoint, (32, 32) here" in line
 
