@@ -12,12 +12,10 @@ import math
 import re
 from pathlib import Path
 
-from PIL import Image
-
 from chat import Category
 from checkpoint import load_trained, read_checkpoint
-from common import InputError, read_json, run, start_processes
-from data import UNREADABLE, Crop
+from common import InputError, check, printable, read_json, run, start_processes
+from data import UNREADABLE, Crop, open_photo, parse_keypoint_set
 from draw import draw_instance, save_picture
 from evaluate import check_decoding, predict
 
@@ -25,8 +23,8 @@ from evaluate import check_decoding, predict
 def parse_keypoints(text, descriptions):
     """ "left eye: the eye ..., nose: ..." or the name of a keypoint set -> [(name, description), ...]."""
     sets = read_json(descriptions, dict).get("keypoint_sets", {})
-    if text in sets:
-        return [(keypoint["name"], keypoint["description"]) for keypoint in sets[text]]
+    if text in check(sets, f"{descriptions}: keypoint_sets", dict, 0):
+        return parse_keypoint_set(sets, text, descriptions)
     if ":" not in text:
         raise InputError(f'--keypoints "{text}": neither "name: description, name: description" nor one of '
                          f'{", ".join(sorted(sets))}')
@@ -41,7 +39,7 @@ def parse_keypoints(text, descriptions):
 def parse_box(text, photo):
     """ "x,y,w,h" in pixels -> four numbers; without text the whole photo. A box may reach over the edge."""
     try:
-        with Image.open(photo) as image:
+        with open_photo(photo) as image:
             width, height = image.size
     except UNREADABLE as e:
         raise InputError(f"{photo}: not a readable photo ({e})") from None
@@ -85,10 +83,10 @@ def main(argv):
     print(f"{'x':>9}{'y':>9}{'confidence':>12}  keypoint")
     for (name, _), found in zip(keypoints, predictions):
         if found.point is None:
-            print(f"{'no coordinates in the answer':>30}  {name}")
+            print(f"{'no coordinates in the answer':>30}  {printable(name)}")
         else:
             confidence = "unknown" if found.confidence is None else f"{found.confidence:.2f}"
-            print(f"{found.point[0]:9.1f}{found.point[1]:9.1f}{confidence:>12}  {name}")
+            print(f"{found.point[0]:9.1f}{found.point[1]:9.1f}{confidence:>12}  {printable(name)}")
     picture = Path(args.out or f"{Path(args.photo).stem}.keypoints.png")
     names, points = [name for name, _ in keypoints], [found.point for found in predictions]
     save_picture(draw_instance(args.photo, crop, names, points, side=720), picture)
