@@ -68,19 +68,21 @@ def is_sound(tensor, shape=None):
 
 def load_optimizer(optimizer, saved, path):
     """Gives AdamW a checkpoint's averages of gradients. Its settings stay those of the run's arguments."""
-    groups = optimizer.state_dict()["param_groups"]
+    own, groups, state = optimizer.state_dict()["param_groups"], saved.get("param_groups"), saved.get("state")
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
-    try:
-        fits = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in groups]
-        for i, averages in saved["state"].items():
-            mean, squares, step = averages["exp_avg"], averages["exp_avg_sq"], averages["step"]
-            fits &= len(averages) == 3 and is_sound(mean, shapes[i]) and is_sound(squares, shapes[i])
-            fits = fits and is_sound(step, ()) and step >= 0 and bool((squares >= 0).all())
-    except (AttributeError, KeyError, RuntimeError, TypeError):
-        fits = False
-    if not fits:
+    fits = isinstance(state, dict) and isinstance(groups, list) and len(groups) == len(own)
+    if not (fits and all(i in shapes and are_averages(state[i], shapes[i]) for i in state)):
         raise InputError(f"{path}: its optimizer is not of such a run; start anew")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+def are_averages(saved, shape):
+    """Whether this is what AdamW keeps for a parameter of that shape."""
+    if not isinstance(saved, dict) or saved.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        return False
+    step, mean, squares = saved["step"], saved["exp_avg"], saved["exp_avg_sq"]
+    return (is_sound(step, ()) and is_sound(mean, shape) and is_sound(squares, shape)
+            and bool(step >= 0) and bool((squares >= 0).all()))
 
 
 def save_checkpoint(path, **contents):

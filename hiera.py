@@ -63,7 +63,7 @@ class HieraConfig:
         config = cls(**{k: v for k, v in raw.items() if k in FIELDS})
         for key, values in ("depths", config.depths), ("num_heads", config.num_heads):
             for value in values:
-                check(value, f"{path}: a number in {key}", int, 1, 1000)
+                check(value, f"{path}: a number in {key}", int, 1, 200)
         widths = [config.embed_dim * 2**stage for stage in range(4)]
         if any(width % n for width, n in zip(widths, config.num_heads)):
             raise InputError(f"{path}: num_heads {config.num_heads} do not divide the widths {widths}")

@@ -70,7 +70,7 @@ class LlamaConfig:
 
 # What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
 FIELDS = dict(
-    vocab_size=(int,), hidden_size=(int,), intermediate_size=(int,), num_hidden_layers=(int, 1, 1000),
+    vocab_size=(int,), hidden_size=(int,), intermediate_size=(int,), num_hidden_layers=(int, 1, 200),
     num_attention_heads=(int, 1, 10000), num_key_value_heads=(int, 1, 10000), head_dim=(int, 1, 10000),
     rms_norm_eps=(float, 0, 1), tie_word_embeddings=(bool,))
 ROPE = dict(

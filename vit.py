@@ -55,7 +55,7 @@ class ViTConfig:
 
 # What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
 FIELDS = dict(
-    hidden_size=(int,), num_hidden_layers=(int, 1, 1000), num_attention_heads=(int, 1, 10000),
+    hidden_size=(int,), num_hidden_layers=(int, 1, 200), num_attention_heads=(int, 1, 10000),
     mlp_ratio=(float, 1, 1000), layer_norm_eps=(float, 0, 1), image_size=(int, 1, 10000),
     patch_size=(int, 1, 10000), use_swiglu_ffn=(bool,), num_register_tokens=(int, 0, 1000))
 
