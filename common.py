@@ -205,7 +205,7 @@ def find_shards(directory):
         names = get_field(read_json(index, dict), "weight_map", index, dict).values()
         for name in names:  # of files of this folder
             if not re.fullmatch(r"[\w.-]+\.safetensors", check(name, f"{index}: a name of weight_map", str)):
-                raise InputError(f"{index}: {name!r} is not a name that the hub gives; download it again")
+                raise InputError(f"{index}: {name!r} in weight_map is no name of the hub; load it anew")
         return index, [directory / name for name in sorted(set(names))]
     if single.exists():
         return single, [single]

@@ -109,7 +109,7 @@ def spoilt(draw, good):
             other, place = draw(st.sampled_from(places))
             container[key] = copy.deepcopy(other[place])
         else:
-            container[key] = draw(values)
+            container[key] = copy.deepcopy(draw(values))
     return contents[""]
 
 
