@@ -156,7 +156,7 @@ NOT_NUMBERS = [
     (dict(id="5"), "id of an entry of annotations is '5', not a whole number"), (dict(id=True), "is True"),
     (dict(image_id=[1]), r"image_id of annotation 5 is \[1\]"), (dict(category_id=2.0), "category_id of"),
     (dict(bbox=[1, 2, 3, True]), "annotation 5 .*not a number"), (dict(bbox="1234"), "bbox of annotation 5"),
-    (dict(bbox=[10**400, 2, 3, 4]), "annotation 5 .*beyond 1,000,000"), (dict(area="9"), "area of annotation"),
+    (dict(bbox=[10**400, 2, 3, 4]), "annotation 5 .*beyond 1,000,000"), (dict(area="9"), "area of annot"),
     (dict(keypoints=["1", "2", "1"]), "annotation 5 .*not a number"), (dict(iscrowd="0"), "an iscrowd that"),
     (dict(file_name=""), "file_name of image"), (dict(file_name="\ud800.png"), "file_name of image"),
     (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 5 has 2 keypoints, but plate has 1 description"),
@@ -754,7 +754,7 @@ def test_a_description_that_is_incomplete_is_named(tmp_path, entry, says):
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (dict(name=7), "name of keypoint 0 in cup is 7, not a text"), (dict(name=""), "name of keypoint 0 in cup"),
+    (dict(name=7), "name of keypoint 0 in cup is 7, not a text"), (dict(name=""), "in cup is ''"),
     (dict(name="left ear"), "2 keypoints of cup are called left ear"), (dict(description=""), "in cup is ''"),
     (dict(description=None), "description of keypoint 0 in cup is None"),
     (dict(description="\ud800"), r"description of keypoint 0 in cup is '\\ud800', not a text"),

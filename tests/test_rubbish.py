@@ -24,8 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mp100 import make_wagons_and_kites
 from PIL import Image
+from programs import refused, to_train
 from safetensors.torch import load_file
 
+import evaluate
 import train
 from chat import Category, Chat, Scene
 from checkpoint import load_optimizer, load_trained, read_checkpoint
@@ -387,3 +389,146 @@ def test_json(tmp_path_factory, contents):
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_bytes(contents)
     survive("JSON", lambda: read_json(path))
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--seed", 10**19), ("--seed", "9" * 5000), ("--workers", 10**12), ("--image-size", 140_000),
+    ("--epochs", 10**9), ("--batch", 10**8), ("--micro-batch", 10**8), ("--rounds", 10**8)])
+def test_absurd_arguments_are_one_line(option, value):
+    assert f"argument {option}: " in refused(train, [option, value])
+
+
+# ---------------------------------------------------------------------------------- strangers, one at a time
+
+
+def change(world, folder, **changes):
+    """A checkpoint whose parts are others, or in whose arguments some are."""
+    contents = torch.load(world / "ckpt.pt", weights_only=True)
+    contents |= {key: changes.pop(key) for key in [*changes] if key in contents}
+    contents["args"] |= changes
+    torch.save(contents, folder / "ckpt.pt")
+    return folder / "ckpt.pt"
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(image_size=1_400_000), "image_size among its arguments is 1400000"), (dict(seed=10**19), "seed"),
+    (dict(llm=7), "llm among its arguments is 7"), (dict(pretrain="all"), "pretrain among its arguments"),
+    (dict(instruction=[]), "instruction among its arguments"), (dict(step="x"), "step is 'x'"),
+    (dict(step=-1), "step is -1"), (dict(model={"norm.bias": None}), "'norm.bias' is not a tensor"),
+    (dict(model={"a": torch.tensor([math.nan])}), "'a' is not a tensor of finite numbers"),
+    (dict(model={"a": torch.zeros(1).expand(10**12)}), "'a' is not a tensor")], ids=str)
+def test_a_strangers_checkpoint_is_checked_before_it_is_used(world, tmp_path, changes, says):
+    path = change(world, tmp_path, **changes)
+    for program, argv in (evaluate, [path]), (train, ["--resume", path]):
+        line = refused(program, argv)
+        assert str(path) in line and says in line
+
+
+def test_an_initial_projection_is_checked_before_it_is_used(world, tiny, tmp_path):
+    data, path = world / "data", change(world, tmp_path, model={"projection.bias": torch.tensor([math.inf])})
+    line = refused(train, to_train(tiny, data, tmp_path / "run", "--init", path))
+    assert f"{path}: its 'projection.bias' is not a tensor of finite numbers" in line
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(batch=0), "argument --batch: 0 is not"), (dict(batch="x"), "argument --batch: x is not"),
+    (dict(workers=10**12), "argument --workers"), (dict(lr=math.nan), "argument --lr: nan is not"),
+    (dict(epochs=[3]), "argument --epochs"), (dict(pack=1), "argument --pack"), (dict(clip=True), "--clip")],
+    ids=str)
+def test_a_run_goes_on_with_arguments_that_could_have_been_typed(world, tmp_path, changes, says):
+    path = change(world, tmp_path, **changes)
+    line = refused(train, ["--resume", path])
+    assert str(path) in line and says in line
+
+
+def test_a_run_goes_on_in_the_folder_of_its_checkpoint(world, tmp_path):
+    """A stranger's file does not say where to write."""
+    path = change(world, tmp_path, out=str(tmp_path / "elsewhere"), seed=0, workers=0)
+    args = train.parse_arguments(["--resume", str(path)])
+    assert (args.out, args.seed, args.workers) == (str(tmp_path), 0, 0)
+    assert train.parse_arguments(["--resume", str(path), "--out", "b"]).out == "b"
+    stored = torch.load(world / "ckpt.pt", weights_only=True)["args"]
+    assert {**vars(args), "resume": None} == {**stored, "out": str(tmp_path), "seed": 0, "workers": 0}
+
+
+def spoil_optimizer(key, value):
+    """-> a function that puts a value into an optimizer's state of its first parameter."""
+    def spoil(optimizer):
+        optimizer["state"][0][key] = value
+    return spoil
+
+
+@pytest.mark.parametrize("spoil", [
+    spoil_optimizer("exp_avg", None), spoil_optimizer("exp_avg", torch.zeros(3)), spoil_optimizer("step", -1),
+    spoil_optimizer("step", torch.tensor(math.nan)), spoil_optimizer("max_exp_avg_sq", torch.zeros(3)),
+    lambda optimizer: optimizer["state"][0]["exp_avg_sq"].neg_(), lambda optimizer: optimizer.pop("state"),
+    lambda optimizer: optimizer["state"].update({10**6: {}}), lambda optimizer: optimizer["state"][1].clear(),
+    lambda optimizer: optimizer.update(state=[])])
+def test_a_malformed_optimizer_is_refused(world, tmp_path, spoil):
+    args = train.parse_arguments(["--resume", str(world / "ckpt.pt")])
+    saved = read_checkpoint(world / "ckpt.pt")
+    optimizer = train.make_optimizer(train.load_model(args, torch.device("cpu")), args, torch.device("cpu"))
+    load_optimizer(optimizer, saved["optimizer"], "ckpt.pt")
+    spoil(saved["optimizer"])
+    with pytest.raises(InputError, match="^ckpt.pt: its optimizer is not of such a run; start anew$"):
+        load_optimizer(optimizer, saved["optimizer"], "ckpt.pt")
+
+
+TOKENIZERS = {
+    "larger than the vocabulary": (
+        lambda t, c: c.update(vocab_size=80), "has a token 80, but vocab_size in config.json is 80"),
+    "nothing for unknown letters": (lambda t, c: t.update(pre_tokenizer=None, normalizer={
+        "type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": ""}), "has no tokens for some digits"),
+    "no words": (lambda t, c: t["model"].update(vocab={}, merges=[]), "tokenizer.json"),
+    "BOS outside": (lambda t, c: c.update(bos_token_id=81), "bos_token_id is 81, not a whole number from 0"),
+    "EOS of no kind": (lambda t, c: c.update(eos_token_id=[]), r"eos_token_id is \[\], not a list"),
+    "no size": (lambda t, c: c.pop("vocab_size"), "vocab_size is missing"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_does_not_fit_is_named(tmp_path, case):
+    spoil, says = TOKENIZERS[case]
+    toy = ROOT / "assets/toy/llm"
+    tokenizer, config = read_json(toy / "tokenizer.json"), read_json(toy / "config.json")
+    spoil(tokenizer, config)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=says) as error:
+        Chat(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_padding_of_a_tokenizer_is_switched_off(tmp_path):
+    toy = ROOT / "assets/toy/llm"
+    tokenizer = read_json(toy / "tokenizer.json") | {"padding": {
+        "strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "<unk>"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "config.json").write_bytes((toy / "config.json").read_bytes())
+    assert Chat(tmp_path).newline == Chat(toy).newline
+
+
+def test_names_from_files_are_printed_without_control_characters(world, tmp_path, capsys):
+    kite, wagon = "k\x1b[2Jite", "wag\non"
+    texts = json.dumps(read_json(world / "data/descriptions.json"))
+    texts = json.loads(texts.replace('"name": "kite"', json.dumps({"name": kite})[1:-1])
+                       .replace('"name": "wagon"', json.dumps({"name": wagon})[1:-1]))
+    categories = parse_descriptions(texts, "")
+    path = world / "data/annotations/mp100_split1_test.json"
+    instances = read_instances(path, categories)
+    nothing = [[None] * len(o.keypoints) for o in instances]
+    print_report(make_report(instances, nothing, categories, path, "query"))
+    said = capsys.readouterr().out
+    assert r"2 k\x1b[2Jite  " in said and r"1 wag\non  " in said and "\x1b" not in said
+
+
+@pytest.mark.parametrize("categories", [None, {}, [{"name": "kite"}], [{"id": "2"}], [{"id": 2}, {"id": 2}]])
+def test_pairs_need_categories_with_ids(world, tmp_path, categories):
+    raw = read_json(world / "data/annotations/mp100_split1_test.json") | {"categories": categories}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(raw))
+    kinds = read_descriptions(world / "data/descriptions.json")
+    instances = read_instances(path, kinds)
+    with pytest.raises(InputError, match=f"^{path}: .*categor"):
+        make_report(instances, [[None] * len(o.keypoints) for o in instances], kinds, path, "pairs")
