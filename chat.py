@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from common import InputError, check, get_field, read_json
+from common import InputError, get_field, read_json
 
 IGNORE = -100  # the label of a token that is not to be learned
 
@@ -191,13 +191,11 @@ class Chat:
     def read_special_tokens(self, path):
         """Finds BOS and EOS in config.json -> size of the LLM's vocabulary, which must hold all tokens."""
         config = read_json(path, dict)
-        for key in "bos_token_id", "eos_token_id", "vocab_size":
-            if config.get(key) is None:
-                raise InputError(f"{path}: bos_token_id, eos_token_id or vocab_size is missing")
-        vocab_size, eos = get_field(config, "vocab_size", path, int), config["eos_token_id"]
-        self.bos = get_field(config, "bos_token_id", path, int, 0, vocab_size - 1)
-        eos = check(eos, f"{path}: eos_token_id", list)[0] if isinstance(eos, list) else eos
-        self.eos = check(eos, f"{path}: eos_token_id", int, 0, vocab_size - 1)
+        if isinstance(config.get("eos_token_id"), list):  # of several, the first
+            config["eos_token_id"] = get_field(config, "eos_token_id", path, list)[0]
+        vocab_size = get_field(config, "vocab_size", path, int)
+        self.bos, self.eos = (get_field(config, key, path, int, 0, vocab_size - 1)
+                              for key in ("bos_token_id", "eos_token_id"))
         added = self.tokenizer.get_added_tokens_decoder()  # text never becomes the special ones among them
         special = {number for number, token in added.items() if token.special}
         largest = max({*self.tokenizer.get_vocab().values()} - special, default=0)

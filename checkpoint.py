@@ -115,7 +115,7 @@ def load_model(args, device, checkpoint=None):
                           if f"projection.{name}" in weights}
             load_trainable_state(model.projection, projection)
     except ValueError as e:
-        init = f"--init {args.init}: " if args.init and not checkpoint else ""
+        init = f"--init {args.init}: " if not checkpoint and args.init else ""
         raise InputError(f"{init}{e}: not trained with --vit {args.vit} --llm {args.llm}?") from None
     return model
 

@@ -245,7 +245,7 @@ def open_reduced(path, side, size):
             if photo.mode != "RGB":  # convert() would copy it
                 photo = photo.convert("RGB")
     except UNREADABLE as e:
-        raise InputError(f"{path}: not a readable photo ({e})") from None
+        raise InputError(f"{path}: not a readable photo ({e}); replace or remove it") from None
     if (block := int(side / shrink / (2 * size))) > 1:
         photo, shrink = photo.reduce(block), shrink * block
     return photo, shrink

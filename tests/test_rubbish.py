@@ -482,7 +482,7 @@ TOKENIZERS = {
     "no words": (lambda t, c: t["model"].update(vocab={}, merges=[]), "tokenizer.json"),
     "BOS outside": (lambda t, c: c.update(bos_token_id=81), "bos_token_id is 81, not a whole number from 0"),
     "EOS of no kind": (lambda t, c: c.update(eos_token_id=[]), r"eos_token_id is \[\], not a list"),
-    "no size": (lambda t, c: c.pop("vocab_size"), "vocab_size is missing"),
+    "no size": (lambda t, c: c.pop("vocab_size"), "entry .vocab_size. is missing"),
 }
 
 
