@@ -10,6 +10,7 @@ import os
 import re
 import reprlib
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -121,8 +122,8 @@ def without_duplicates(pairs):
     """An object's keys and values -> dict. Of two equal keys, json itself would silently keep the last."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{max(keys, key=keys.count)!r} is there twice")
+        (key, count), = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{key!r} is there {count} times")
     return entries
 
 
@@ -150,7 +151,7 @@ def check(value, where, kind, low=1, high=10**6):
 def get_field(record, key, path, kind, low=1, high=10**6, of=""):
     """-> record[key], checked. path and of say where it stands, e.g. "a.json" and " of annotation 5"."""
     if not isinstance(record, dict) or key not in record:
-        raise InputError(f"{path}: entry {key!r} is missing{of}")
+        raise InputError(f"{path}: entry {key!r} is missing{of and f', that{of}'}")
     return check(record[key], f"{path}: {key}{of}", kind, low, high)
 
 

@@ -172,7 +172,7 @@ def test_json_is_read_as_it_was_written_into_a_new_folder(tmp_path):
     (b"[" * 100_000, object, r"cannot be read as JSON \(maximum recursion depth .+\)"),
     (b"[1]", dict, r"cannot be read as JSON \(it holds a list, not a dict\)"),
     (b"{}", list, r"cannot be read as JSON \(it holds a dict, not a list\)"),
-    (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', dict, r"cannot be read as JSON \('c' is there twice\)"),
+    (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', dict, r"cannot be read as JSON \('c' is there 2 times\)"),
     ('{"a": 1}'.encode("utf-16"), dict, r"cannot be read as JSON \(.+\)"),
     (b"[1" + b"0" * 5000 + b"]", list, r"cannot be read as JSON \(.+\)"),
 ])
@@ -216,7 +216,7 @@ def test_a_value_of_another_kind_or_size_is_named(value, kind, bounds, says):
 def test_a_missing_field_is_named():
     assert get_field({"id": 7}, "id", "a.json", int) == 7
     for record in {}, [], None, 7:
-        with pytest.raises(InputError, match="^a.json: entry 'id' is missing of image 3$"):
+        with pytest.raises(InputError, match="^a.json: entry 'id' is missing, that of image 3$"):
             get_field(record, "id", "a.json", int, of=" of image 3")
     with pytest.raises(InputError, match="^a.json: id of image 3 is 'x', not a whole number from 0 to 5$"):
         get_field({"id": "x"}, "id", "a.json", int, 0, 5, " of image 3")

@@ -468,7 +468,9 @@ def test_a_malformed_optimizer_is_refused(world, tmp_path, spoil):
     args = train.parse_arguments(["--resume", str(world / "ckpt.pt")])
     saved = read_checkpoint(world / "ckpt.pt")
     optimizer = train.make_optimizer(train.load_model(args, torch.device("cpu")), args, torch.device("cpu"))
+    saved["optimizer"]["param_groups"][0]["weight_decay"] = "heavy"  # what counts are the run's arguments
     load_optimizer(optimizer, saved["optimizer"], "ckpt.pt")
+    assert optimizer.param_groups[0]["weight_decay"] == args.weight_decay
     spoil(saved["optimizer"])
     with pytest.raises(InputError, match="^ckpt.pt: its optimizer is not of such a run; start anew$"):
         load_optimizer(optimizer, saved["optimizer"], "ckpt.pt")
