@@ -362,6 +362,7 @@ def test_checkpoints(world, tmp_path_factory, data):
     survive("checkpoints", use)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @rubbish
 @given(st.data())
 def test_damaged_checkpoints(world, tmp_path_factory, data):
