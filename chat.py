@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from common import InputError, read_json
+from common import InputError, get_field, read_json
 
 IGNORE = -100  # the label of a token that is not to be learned
 
@@ -169,34 +169,56 @@ class Chat:
     """
 
     def __init__(self, directory, instruction=ask_with_description, answers="text"):
-        path = Path(directory) / "tokenizer.json"
+        self.path = path = Path(directory) / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises nothing more specific
             raise InputError(f"{path}: not a readable tokenizer.json ({e})") from None
         self.tokenizer.encode_special_tokens = True  # a description that holds "</s>" is text like any other
         self.tokenizer.no_truncation()
-        config = read_json(Path(directory) / "config.json", dict)
-        self.bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-        self.eos = eos[0] if isinstance(eos, list) else eos
-        if None in (self.bos, self.eos, config.get("vocab_size")):
-            raise InputError(f"{directory}/config.json: bos_token_id, eos_token_id or vocab_size is missing")
+        self.tokenizer.no_padding()
+        vocab_size = self.read_special_tokens(Path(directory) / "config.json")
         # SentencePiece tokenizers put a space before any text; our pieces bring their own
-        self.adds_space = self.tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
+        self.adds_space = False
+        self.adds_space = self.tokenizer.id_to_token(self.encode("a")[0]).startswith("\u2581")
         self.newline = self.encode("\n")
         self.instruction = instruction
         self.opening = self.encode(WHAT) if instruction is ask_step_by_step else []  # asked first in a test
-        self.keypoint = config["vocab_size"] if answers == "token" else None  # the first id the LLM lacks
+        self.keypoint = vocab_size if answers == "token" else None  # the first id the LLM lacks
         self.words = AnswerFormat([], [], [self.eos], max_tokens=16)
         self.coordinates = self.find_coordinate_format()
 
+    def read_special_tokens(self, path):
+        """Finds BOS and EOS in config.json -> size of the LLM's vocabulary, which must hold all tokens."""
+        config = read_json(path, dict)
+        if isinstance(config.get("eos_token_id"), list):  # of several, the first
+            config["eos_token_id"] = get_field(config, "eos_token_id", path, list)[0]
+        vocab_size = get_field(config, "vocab_size", path, int)
+        self.bos, self.eos = (get_field(config, key, path, int, 0, vocab_size - 1)
+                              for key in ("bos_token_id", "eos_token_id"))
+        added = self.tokenizer.get_added_tokens_decoder()  # text never becomes the special ones among them
+        special = {number for number, token in added.items() if token.special}
+        largest = max({*self.tokenizer.get_vocab().values()} - special, default=0)
+        if largest >= vocab_size:
+            raise InputError(f"{self.path}: has a token {largest}, but vocab_size in config.json is "
+                             f"{vocab_size}; are they of the same model?")
+        return vocab_size
+
     def encode(self, text):
         text = text.removeprefix(" ") if self.adds_space else text
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # the library raises nothing more specific
+            raise InputError(f"{self.path}: cannot encode {text[:60]!r} ({e})") from None
+        if not tokens:
+            raise InputError(f"{self.path}: has no tokens for {text[:60]!r}")
+        return tokens
 
     def find_coordinate_format(self):
         """Reads the format of coordinates off the tokenizer, from " [0.000,0.000]" ... " [0.999,0.999]"."""
         answers = [self.encode(spell((v / 1000, v / 1000))) for v in range(1000)]
+        if len({tuple(answer) for answer in answers}) < 1000:
+            raise InputError(f"{self.path}: has no tokens for some digits; is it a Llama's tokenizer?")
         choices = [i for i, column in enumerate(zip(*answers)) if len(set(column)) > 1]  # they differ here
         if len(choices) in (2, 6) and len(set(map(len, answers))) == 1:
             last, n_digits = choices[-1], 1000 if len(choices) == 2 else 10

@@ -11,24 +11,79 @@ from pathlib import Path
 import torch
 
 from chat import INSTRUCTIONS, PRETRAINING, Chat
-from common import InputError
+from common import InputError, get_field
 from lora import load_trainable_state, trainable_state
 from model import CapeLLM
 
+MAX_IMAGE_SIZE = 2048  # pixels a side; making such a crop takes up to 268 MB
+MAX_SEED = 10**18
+CHOICES = {"tune_vit": ("frozen", "lora", "full"), "tune_llm": ("frozen", "lora", "full"),
+           "answer": ("text", "token"), "instruction": (*INSTRUCTIONS,), "pretrain": (None, *PRETRAINING)}
+
 
 def read_checkpoint(path):
-    """-> what save_checkpoint() wrote, a dictionary. InputError if it is no checkpoint."""
+    """-> what save_checkpoint() wrote, a dictionary. InputError if it is no checkpoint.
+
+    The file may be a stranger's, so nothing in it is run, and what networks are made of is checked.
+    """
+    checkpoint = read_parts(path)
+    args = checkpoint["args"]
+    for key in "vit", "llm", "data":
+        get_field(args, key, path, str, 1, 1000, " among its arguments")
+    for key, low, high in ("image_size", 1, MAX_IMAGE_SIZE), ("seed", 0, MAX_SEED), ("split", 1, 10**6):
+        get_field(args, key, path, int, low, high, " among its arguments")
+    for key, choices in CHOICES.items():
+        if args.get(key, "") not in choices:
+            raise InputError(f"{path}: {key} among its arguments is none of {choices}")
+    return checkpoint
+
+
+def read_parts(path):
+    """-> the parts of a checkpoint, of whatever run. InputError if there are others, or broken weights."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         parts = ("args", "descriptions", "model", "optimizer")
         if not all(isinstance(checkpoint[key], dict) for key in parts):
             raise TypeError
-        return {key: checkpoint[key] for key in (*parts, "step")}
+        checkpoint = {key: checkpoint[key] for key in (*parts, "step")}
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: not a checkpoint of this program, or a damaged one "
                          f"({type(e).__name__})") from None
+    get_field(checkpoint, "step", path, int, 0, 10**12)
+    for name, tensor in checkpoint["model"].items():
+        if not (isinstance(name, str) and is_sound(tensor)):
+            raise InputError(f"{path}: its {name!r} is not a tensor of finite numbers; "
+                             "the file is damaged, or its training diverged")
+    return checkpoint
+
+
+def is_sound(tensor, shape=None):
+    """Whether it is a dense tensor of finite numbers, no larger than its memory, and of that shape."""
+    return (isinstance(tensor, torch.Tensor) and shape in (None, tensor.shape)
+            and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and tensor.nbytes <= tensor.untyped_storage().nbytes() and bool(tensor.isfinite().all()))
+
+
+def load_optimizer(optimizer, saved, path):
+    """Gives AdamW a checkpoint's averages of gradients. Its settings stay those of the run's arguments."""
+    own, groups, state = optimizer.state_dict()["param_groups"], saved.get("param_groups"), saved.get("state")
+    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
+    fits = isinstance(state, dict) and isinstance(groups, list) and len(groups) == len(own)
+    if not (fits and all(i in shapes and are_averages(state[i], shapes[i]) for i in state)):
+        raise InputError(f"{path}: its optimizer is not of such a run; start anew")
+    optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+def are_averages(saved, shape):
+    """Whether this is what AdamW keeps for a parameter of that shape."""
+    if not isinstance(saved, dict) or saved.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        return False
+    step, mean, squares = saved["step"], saved["exp_avg"], saved["exp_avg_sq"]
+    return (is_sound(step, ()) and is_sound(mean, shape) and is_sound(squares, shape)
+            and bool(step >= 0) and bool((squares >= 0).all()))
 
 
 def save_checkpoint(path, **contents):
@@ -60,7 +115,7 @@ def load_model(args, device, checkpoint=None, say=print):
         if checkpoint:
             load_trainable_state(model, checkpoint["model"])
         elif start:
-            say(f"{start}: {start_from(model, read_checkpoint(start)['model'], not args.init)}")
+            say(f"{start}: {start_from(model, read_parts(start)['model'], not args.init)}")
     except ValueError as e:
         raise InputError(f"{start + ': ' if start else ''}{e}: not trained with --vit {args.vit} "
                          f"--llm {args.llm}?") from None

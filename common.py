@@ -7,7 +7,10 @@ import argparse
 import json
 import math
 import os
+import re
+import reprlib
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,7 +23,12 @@ class InputError(Exception):
 
     def __str__(self):
         # An error in a DataLoader's worker arrives with the worker's traceback before the message.
-        return super().__str__().rpartition("InputError: ")[2].strip()
+        return printable(super().__str__().rpartition("InputError: ")[2].strip())
+
+
+def printable(text):
+    """Somebody else's words as they may be printed: on one line, and without power over the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # -------------------------------------------------------------------------------------------------- programs
@@ -45,17 +53,19 @@ def run(main):
         dist.destroy_process_group()
 
 
-def positive(text):
-    """The type of an argument that is a whole number above 0."""
+def positive(text, most=10**6):
+    """The type of an argument that is a whole number above 0, up to `most`."""
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+    return natural(text, most)
 
 
-def natural(text):
-    """The type of an argument that is a whole number, 0 or more."""
+def natural(text, most=10**6):
+    """The type of an argument that is a whole number, 0 or more, up to `most`."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
+    if int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text} is more than {most:,}")
     return int(text)
 
 
@@ -99,7 +109,8 @@ def silence_worker(_):
 def read_json(path, kind=object):
     """Reads a JSON file whose outermost value is a `kind`, e.g. dict. InputError if it cannot be read."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark before UTF-8
+        content = json.loads(text, object_pairs_hook=without_duplicates)
         if not isinstance(content, kind):
             raise ValueError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
         return content
@@ -115,6 +126,41 @@ def make_folder(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"{path}: cannot be made ({e})") from None
+def without_duplicates(pairs):
+    """An object's keys and values -> dict. Of two equal keys, json itself would silently keep the last."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        (key, count), = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{key!r} is there {count} times")
+    return entries
+
+
+KINDS = {int: "a whole number from {}", float: "a number from {}", str: "a text of {} characters",
+         list: "a list of {}", dict: "an object with {} entries", bool: "true or false"}
+
+
+def check(value, where, kind, low=1, high=10**6):
+    """-> value, if it is of the kind and within the bounds; else an InputError that begins with `where`.
+
+    kind: one of KINDS. float takes whole numbers too, and only bool takes true and false. low, high: of a
+    text, a list or an object they bound the length. A text must be fit for UTF-8: JSON can hold half
+    characters (lone surrogates), which nothing can print or encode.
+    """
+    is_fine = isinstance(value, (int, float) if kind is float else kind)
+    if is_fine and kind is not bool:
+        size = value if kind in (int, float) else len(value)
+        is_fine = low <= size <= high and not isinstance(value, bool)
+    if not is_fine or kind is str and re.search("[\ud800-\udfff]", value):
+        bounds = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        raise InputError(f"{where} is {reprlib.repr(value)}, not {KINDS[kind].format(bounds)}")
+    return value
+
+
+def get_field(record, key, path, kind, low=1, high=10**6, of=""):
+    """-> record[key], checked. path and of say where it stands, e.g. "a.json" and " of annotation 5"."""
+    if not isinstance(record, dict) or key not in record:
+        raise InputError(f"{path}: entry {key!r} is missing{of and f', that{of}'}")
+    return check(record[key], f"{path}: {key}{of}", kind, low, high)
 
 
 def write_json(path, contents):
@@ -165,10 +211,11 @@ def find_shards(directory):
     """-> the file that lists the weights of a folder, and the files that hold them, one or several."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
-        weight_map = read_json(index, dict).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError(f"{index}: has no weight_map; download it again")
-        return index, [directory / name for name in sorted(set(weight_map.values()))]
+        names = get_field(read_json(index, dict), "weight_map", index, dict).values()
+        for name in names:  # of files of this folder
+            if not re.fullmatch(r"[\w.-]+\.safetensors", check(name, f"{index}: a name of weight_map", str)):
+                raise InputError(f"{index}: {name!r} in weight_map is no name of the hub; load it anew")
+        return index, [directory / name for name in sorted(set(names))]
     if single.exists():
         return single, [single]
     raise InputError(f"{directory}: neither {single.name} nor {index.name}; download the weights there")

@@ -11,7 +11,9 @@ text, K keypoints. `python data.py` draws four crops of one instance.
 """
 
 import math
+import os
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from chat import IGNORE, Category, Scene
-from common import InputError, read_json
+from common import InputError, check, get_field, read_json
 
-# what pillow raises for photos that it cannot read
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = Exception  # what pillow raises for a damaged photo: its decoders raise nearly anything
+MAX_ID = 2**63 - 1
+MAX_PIXELS = 10**6  # no photo is larger, and no point or box farther away
 
 
 # ----------------------------------------------------------------------------------------------- annotations
@@ -47,16 +50,41 @@ def read_descriptions(path):
 
 def parse_descriptions(raw, path):
     """The contents of such a file -> {category id: Category}. path: where they are from, for messages."""
-    categories = {}
-    try:
-        for category_id, entry in raw["categories"].items():
-            name = entry["keypoint_set"]
-            keypoints = [(point["name"], point["description"]) for point in raw["keypoint_sets"][name]]
-            skeleton = [(a, b) for a, b in raw.get("skeletons", {}).get(name, [])]
-            categories[int(category_id)] = Category(entry["name"], keypoints, skeleton)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise InputError(f"{path}: entry {e} is missing or not as README's \"Your own data\" shows") from None
+    sets, categories = get_field(raw, "keypoint_sets", path, dict), {}
+    skeletons = get_field(raw, "skeletons", path, dict, 0) if "skeletons" in raw else {}
+    for number, entry in get_field(raw, "categories", path, dict).items():
+        check(number, f"{path}: a category's id", str, 1, 18)
+        if not (number.isascii() and number.isdecimal() and number == str(int(number))):
+            raise InputError(f"{path}: {number!r} in categories is not an id, a whole number")
+        name = get_field(entry, "name", path, str, 1, 1000, f" of category {number}")
+        set_name = get_field(entry, "keypoint_set", path, str, of=f" of category {number}")
+        keypoints = parse_keypoint_set(sets, set_name, path)
+        skeleton = parse_skeleton(skeletons, set_name, len(keypoints), path)
+        categories[int(number)] = Category(name, keypoints, skeleton)
     return categories
+
+
+def parse_keypoint_set(sets, set_name, path):
+    """-> [(name, description), ...] of a keypoint set. No two have the same name."""
+    keypoints = []
+    for k, entry in enumerate(get_field(sets, set_name, path, list, 1, 1000)):
+        of = f" of keypoint {k} in {set_name}"
+        keypoints.append((get_field(entry, "name", path, str, 1, 1000, of),
+                          get_field(entry, "description", path, str, 1, 10000, of)))
+    (name, count), = Counter(name for name, _ in keypoints).most_common(1)
+    if count > 1:
+        raise InputError(f"{path}: {count} keypoints of {set_name} are called {name}; tell them apart")
+    return keypoints
+
+
+def parse_skeleton(skeletons, set_name, n, path):
+    """-> [(a, b), ...], the lines between the n keypoints of a set; none if there is no skeleton for it."""
+    where, lines = f"{path}: the skeleton of {set_name}", []
+    for line in check(skeletons.get(set_name, []), where, list, 0):
+        a, b = (check(k, f"{where}: a keypoint's index", int, 0, n - 1)
+                for k in check(line, f"{where}: a line", list, 2, 2))
+        lines.append((a, b))
+    return lines
 
 
 def read_instances(path, categories):
@@ -65,17 +93,34 @@ def read_instances(path, categories):
     As in the published code, some annotations are left out: see make_instance(). InputError names the
     annotation that is malformed or does not fit the descriptions.
     """
-    raw = read_json(path)
-    try:
-        annotations = {}
-        for annotation in raw["annotations"]:
-            annotations.setdefault(annotation["image_id"], []).append(annotation)
-        check_categories(raw.get("categories", []), categories, path)
-        instances = [make_instance(annotation, photo, categories, path)
-                     for photo in raw["images"] for annotation in annotations.get(photo["id"], [])]
-    except (KeyError, TypeError, ValueError, IndexError) as e:
-        raise InputError(f"{path}: not an MP-100 annotation file ({type(e).__name__}: {e})") from None
+    raw, annotations = read_json(path), {}
+    photos = by_id(raw, "images", "image", path)
+    for number, annotation in by_id(raw, "annotations", "annotation", path).items():
+        image = get_field(annotation, "image_id", wrong(path), int, 0, MAX_ID, f" of annotation {number}")
+        annotations.setdefault(image, []).append(annotation)
+    n_unlisted = sum(len(annotations[image]) for image in annotations.keys() - photos.keys())
+    if n_unlisted and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {n_unlisted} annotations of images that are not listed are left out", file=sys.stderr)
+    if "categories" in raw:
+        check_categories(by_id(raw, "categories", "category", path).values(), categories, path)
+    instances = [make_instance(annotation, photo, categories, path)
+                 for number, photo in photos.items() for annotation in annotations.get(number, [])]
     return [instance for instance in instances if instance is not None]
+
+
+def wrong(path):
+    return f"{path}: not an MP-100 annotation file"
+
+
+def by_id(raw, key, what, path):
+    """A list of an annotation file -> {id: entry}. InputError if two have the same id."""
+    entries = {}
+    for entry in get_field(raw, key, wrong(path), list, 0, 10**7):
+        number = get_field(entry, "id", wrong(path), int, 0, MAX_ID, f" of an entry of {key}")
+        if number in entries:
+            raise InputError(f"{path}: {what} {number} is listed twice")
+        entries[number] = entry
+    return entries
 
 
 def plain(name):
@@ -93,8 +138,9 @@ def check_categories(entries, categories, path):
         if entry["id"] in categories:
             category = categories[entry["id"]]
             ours = [plain(name) for name, _ in category.keypoints]
-            theirs = [plain(str(name)) for name in entry.get("keypoints") or ours]
             place = f"{path}: category {entry['id']}"
+            names = check(entry.get("keypoints", []), f"{place}: keypoints", list, 0)
+            theirs = [plain(str(name)) for name in names] or ours
             if plain(name := str(entry.get("name", category.name))) != plain(category.name):
                 raise InputError(f"{place} is {name}, but {category.name} in the descriptions")
             if len(theirs) != len(ours):
@@ -108,16 +154,25 @@ def check_categories(entries, categories, path):
 
 def make_instance(annotation, photo, categories, path):
     """-> Instance; None for a crowd, if all keypoints are zeros, or if nothing of the box is in the photo."""
-    number, category_id = annotation["id"], annotation["category_id"]
-    x, y, w, h = annotation["bbox"]
-    points = np.array(annotation["keypoints"], dtype=np.float64).reshape(-1, 3)  # x, y, visibility
-    if not (np.isfinite(points).all() and math.isfinite(x + y + w + h)):
-        raise InputError(f"{path}: annotation {number} has a coordinate that is not a number")
+    number = annotation["id"]
+    where, of, of_image = wrong(path), f" of annotation {number}", f" of image {photo['id']}"
+    category_id = get_field(annotation, "category_id", where, int, 0, MAX_ID, of)
+    x, y, w, h = get_field(annotation, "bbox", where, list, 4, 4, of)
+    triples = get_field(annotation, "keypoints", where, list, 0, 3000, of)
+    width, height = (get_field(photo, key, where, float, 1, MAX_PIXELS, of_image)
+                     for key in ("width", "height"))
+    if not all(type(v) in (int, float) and abs(v) <= MAX_PIXELS for v in (x, y, w, h, *triples)):
+        raise InputError(f"{path}: annotation {number} has a coordinate that is not a number, "
+                         f"or is beyond {MAX_PIXELS:,}")
+    if len(triples) % 3 or annotation.get("iscrowd", 0) not in (0, 1):
+        raise InputError(f"{where}: annotation {number} has keypoints that are no triples x, y, v, "
+                         "or an iscrowd that is not 0 or 1")
+    area = get_field(annotation, "area", where, float, -10**12, 10**12, of) if "area" in annotation else 1
+    points = np.array(triples, dtype=np.float64).reshape(-1, 3)  # x, y, visibility
     x1, y1 = max(0, x), max(0, y)
-    x2 = min(photo["width"] - 1, x1 + max(0, w - 1))
-    y2 = min(photo["height"] - 1, y1 + max(0, h - 1))
-    is_empty = annotation.get("area", 1) <= 0 or x2 <= x1 or y2 <= y1 or not points.any()
-    if is_empty or annotation.get("iscrowd"):
+    x2 = min(width - 1, x1 + max(0, w - 1))
+    y2 = min(height - 1, y1 + max(0, h - 1))
+    if area <= 0 or x2 <= x1 or y2 <= y1 or not points.any() or annotation.get("iscrowd"):
         return None
     if category_id not in categories:
         raise InputError(f"{path}: category {category_id} has no descriptions; "
@@ -126,7 +181,7 @@ def make_instance(annotation, photo, categories, path):
     if len(points) != len(category.keypoints):
         raise InputError(f"{path}: annotation {number} has {len(points)} keypoints, but {category.name} has "
                          f"{len(category.keypoints)} descriptions")
-    file = Path(photo["file_name"])
+    file = Path(get_field(photo, "file_name", where, str, 1, 1000, of_image))
     if file.is_absolute() or ".." in file.parts:
         raise InputError(f"{path}: the photo {file} of annotation {number} is not below images/")
     box = (x1, y1, x2 - x1, y2 - y1)
@@ -138,7 +193,7 @@ def keep_readable(instances, images, categories, allow_missing):
     readable = {}
     for photo in {instance.photo for instance in instances}:
         try:
-            Image.open(Path(images, photo)).close()
+            open_photo(Path(images, photo)).close()
             readable[photo] = True
         except UNREADABLE:
             readable[photo] = False
@@ -184,6 +239,9 @@ class Crop:
 
     def cut(self, path, size):
         """Reads a photo -> its crop, uint8 (3, size, size), black outside. InputError if it is unreadable."""
+        if not (1e-6 <= self.side <= 10 * MAX_PIXELS and max(abs(self.x), abs(self.y)) <= 10 * MAX_PIXELS):
+            raise InputError(f"{path}: no crop of {self.side:g} pixels a side can be cut at ({self.x:g}, "
+                             f"{self.y:g}); is the box right?")
         return self.cut_from(*open_reduced(path, self.side, size), size)
 
     def cut_from(self, photo, shrink, size):
@@ -197,6 +255,13 @@ class Crop:
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
+def open_photo(path):
+    """As Image.open(), for regular files alone: one could wait for a pipe for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError("it is not a regular file")
+    return Image.open(path)
+
+
 def open_reduced(path, side, size):
     """Reads a photo of which `side` pixels will be shown as `size` -> RGB image, and how much it shrank.
 
@@ -205,14 +270,14 @@ def open_reduced(path, side, size):
     unrotated pixels.
     """
     try:
-        with Image.open(path) as photo:
+        with open_photo(path) as photo:
             width = photo.width
             photo.draft(None, [math.ceil(2 * size / side * n) for n in photo.size])
             photo.load()
             shrink = round(width / photo.width)
             photo = to_rgb(photo)
     except UNREADABLE as e:
-        raise InputError(f"{path}: not a readable photo ({e})") from None
+        raise InputError(f"{path}: not a readable photo ({e}); replace or remove it") from None
     return average_blocks(photo, shrink, side, size)
 
 

@@ -13,6 +13,7 @@ import argparse
 import random
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,22 @@ from tqdm import tqdm
 
 from checkpoint import load_trained, read_checkpoint
 from coco import list_texts, read_coco, read_texts, replace_texts
-from common import InputError, natural, positive, read_json, run, silence_worker, start_processes, write_json
+from common import (
+    InputError,
+    check,
+    get_field,
+    natural,
+    positive,
+    printable,
+    read_json,
+    run,
+    silence_worker,
+    start_processes,
+    write_json,
+)
 from data import (
+    MAX_ID,
+    by_id,
     crop_of,
     keep_readable,
     normalize,
@@ -85,7 +100,7 @@ def make_report(instances, predicted, categories, annotations, protocol, **facts
     shares = pck_of_queries(instances, predicted)
     category_ids = np.array([instance.category_id for instance in instances])
     if protocol == "pairs":
-        order = [category["id"] for category in read_json(annotations).get("categories", [])]
+        order = by_id(read_json(annotations), "categories", "category", annotations)
         shares, pairs = pck_of_pairs(instances, predicted, order)
         if not pairs:
             raise InputError(f"{annotations}: no pairs, since no category has two objects")
@@ -106,22 +121,19 @@ def print_report(report):
     columns = [*(f"PCK@{t:g}" for t in THRESHOLDS), "mPCK"]
     print(f"\n{'':28}" + "".join(f"{c:>10}" for c in columns))
     for name, row in {**report["per category"], f"{report['objects']} objects": report}.items():
-        print(f"{name:28.28}" + "".join(f"{100 * row[c]:10.2f}" for c in columns))
+        print(f"{printable(name):28.28}" + "".join(f"{100 * row[c]:10.2f}" for c in columns))
     print("\n" + ", ".join(f"{k}: {v}" for k, v in report.items() if k not in (*columns, "per category")))
 
 
 def read_predictions(path, instances, allow_missing):
     """A predictions.json -> points in the order of `instances`. Entries for other annotations are ignored."""
-    raw, points = read_json(path), {}
-    try:
-        for entry in raw:
-            if entry["annotation_id"] in points:
-                raise InputError(f"{path}: annotation {entry['annotation_id']} is predicted twice")
-            points[entry["annotation_id"]] = [
-                None if p is None else (float(p[0]), float(p[1])) for p in entry["keypoints"]]
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as e:
-        raise InputError(f'{path}: not [{{"annotation_id": 7, "keypoints": [[x, y], ...]}}, ...] '
-                         f"({type(e).__name__}: {e})") from None
+    wrong, points = f'{path}: not [{{"annotation_id": 7, "keypoints": [[x, y], ...]}}, ...]', {}
+    for entry in check(read_json(path), f"{wrong}: it", list, 0, 10**7):
+        number = get_field(entry, "annotation_id", wrong, int, 0, MAX_ID)
+        if number in points:
+            raise InputError(f"{path}: annotation {number} is predicted twice")
+        points[number] = [parse_point(point, f"{wrong}: annotation {number} has a point that")
+                          for point in get_field(entry, "keypoints", wrong, list, 0, 1000)]
     for instance in instances:
         number, K = instance.annotation_id, len(instance.keypoints)
         if number not in points and not allow_missing:
@@ -131,10 +143,15 @@ def read_predictions(path, instances, allow_missing):
         if len(found) != K:
             raise InputError(f"{path}: annotation {number} has {len(found)} keypoints predicted, "
                              f"{K} annotated")
-        if not np.isfinite([p for p in found if p]).all():
-            raise InputError(f"{path}: annotation {number} has a coordinate that is not a number; "
-                             "null stands for no answer")
     return [points[instance.annotation_id] for instance in instances]
+
+
+def parse_point(point, where):
+    """[x, y], or null for no answer -> (x, y) or None."""
+    if point is None:
+        return None
+    x, y = (float(check(v, where, float, -10**12, 10**12)) for v in check(point, where, list, 2, 2))
+    return x, y
 
 
 # -------------------------------------------------------------------------------------------- asking a model
@@ -262,7 +279,7 @@ def parse_arguments(argv):
     add("--allow-missing", action="store_true",
         help="go on without objects whose photo or prediction is missing")
     add("--batch", type=positive, default=64, help="questions asked at a time: memory against speed")
-    add("--workers", type=natural, default=2, help="processes that read photos, per GPU")
+    add("--workers", type=partial(natural, most=1000), default=2, help="processes that read photos, per GPU")
     add("--out", help="folder of the results; default: that of the checkpoint, with val/ or train/ for those")
     add("--report", metavar="JSON", help="where the report goes; default: report.json in --out")
     args = parser.parse_args(argv)

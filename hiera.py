@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, load_weights, read_json
+from common import InputError, check, get_field, load_weights, read_json
 
 # What all published Hieras for photos have in common, as config.json says it or by default.
 COMMON = dict(
@@ -58,7 +58,19 @@ class HieraConfig:
             if raw.get(key, COMMON.get(key)) != value:
                 raise InputError(f"{path}: {key} is {raw.get(key)!r}, "
                                  f"not {value!r} as in the published Hieras")
-        return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+        for key in raw.keys() & FIELDS.keys():
+            get_field(raw, key, path, *FIELDS[key])
+        config = cls(**{k: v for k, v in raw.items() if k in FIELDS})
+        for key, values in ("depths", config.depths), ("num_heads", config.num_heads):
+            for value in values:
+                check(value, f"{path}: a number in {key}", int, 1, 200)
+        widths = [config.embed_dim * 2**stage for stage in range(4)]
+        if any(width % n for width, n in zip(widths, config.num_heads)):
+            raise InputError(f"{path}: num_heads {config.num_heads} do not divide the widths {widths}")
+        for pixels in config.image_size:
+            if check(pixels, f"{path}: a number in image_size", int, 32, 10000) % 32:
+                raise InputError(f"{path}: image_size {pixels} is not a multiple of 32")
+        return config
 
     @property
     def hidden_size(self):
@@ -69,6 +81,12 @@ class HieraConfig:
     def units(self):
         """How many mask units lie side by side; each is 8 patches wide, a patch every 4 pixels."""
         return self.image_size[0] // 32
+
+
+# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
+FIELDS = dict(
+    embed_dim=(int, 1, 10**5), depths=(list, 4, 4), num_heads=(list, 4, 4), mlp_ratio=(float, 1, 1000),
+    layer_norm_eps=(float, 0, 1), image_size=(list, 2, 2))
 
 
 def pool(x):

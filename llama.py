@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import InputError, load_weights, read_json
+from common import InputError, check, get_field, load_weights, read_json
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class LlamaConfig:
             raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not a Llama-shaped model "
                              "without sliding window")
         # newer files keep everything about RoPE in rope_parameters, older ones in rope_theta and rope_scaling
-        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {}),
-                **(raw.get("rope_parameters") or {})}
+        old, new = (check(raw.get(key) or {}, f"{path}: {key}", dict, 0)
+                    for key in ("rope_scaling", "rope_parameters"))
+        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **old, **new}
         if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
             raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, "
                              "only default and llama3")
@@ -59,9 +60,34 @@ class LlamaConfig:
             needed |= cls().rope.keys()
         if missing := needed - known.keys() - rope.keys():
             raise InputError(f"{path}: {min(missing)} is missing")
+        for key in known.keys() & FIELDS.keys():
+            get_field(known, key, path, *FIELDS[key])
         known.setdefault("num_key_value_heads", raw["num_attention_heads"])
         known.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+        check_heads_and_rope(path, known, rope)
         return cls(**{**known, "rope": rope})
+
+
+# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
+FIELDS = dict(
+    vocab_size=(int,), hidden_size=(int,), intermediate_size=(int,), num_hidden_layers=(int, 1, 200),
+    num_attention_heads=(int, 1, 10000), num_key_value_heads=(int, 1, 10000), head_dim=(int, 1, 10000),
+    rms_norm_eps=(float, 0, 1), tie_word_embeddings=(bool,))
+ROPE = dict(
+    rope_theta=(float, 1, 10**12), factor=(float,), low_freq_factor=(float,), high_freq_factor=(float,),
+    original_max_position_embeddings=(int, 1, 10**9))
+
+
+def check_heads_and_rope(path, known, rope):
+    """InputError if heads cannot share keys and values, or if RoPE cannot turn pairs of their dimensions."""
+    H, G, d = known["num_attention_heads"], known["num_key_value_heads"], known["head_dim"]
+    if H % G or d % 2 or not d:
+        raise InputError(f"{path}: {H} heads do not share {G} key/value heads evenly, or their width {d} is "
+                         "not even")
+    for key in ROPE if rope["rope_type"] == "llama3" else ["rope_theta"]:
+        get_field(rope, key, path, *ROPE[key])
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise InputError(f"{path}: low_freq_factor is not below high_freq_factor")
 
 
 def rope_frequencies(config, device=None):

@@ -11,7 +11,6 @@ predict.py and page.py are built on this.
 """
 
 import difflib
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image, ImageOps
 from chat import Category
 from checkpoint import load_trained, read_checkpoint
 from common import InputError, read_json, start_processes
-from data import UNREADABLE, Crop, average_blocks, parse_descriptions, to_rgb
+from data import MAX_PIXELS, UNREADABLE, Crop, average_blocks, parse_descriptions, to_rgb
 from evaluate import check_decoding, predict
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions.json"
@@ -127,7 +126,8 @@ def check_box(box, photo):
     """-> x, y, w, h, those of the whole photo if box is None. A box may reach over the edge."""
     width, height = photo.size
     x, y, w, h = box or (0, 0, width, height)
-    if not (0 < w < math.inf and 0 < h < math.inf and x < width and y < height and x + w > 0 and y + h > 0):
+    is_sound = 0.01 <= w <= MAX_PIXELS and 0.01 <= h <= MAX_PIXELS
+    if not (is_sound and -MAX_PIXELS <= x < width and -MAX_PIXELS <= y < height and x + w > 0 and y + h > 0):
         raise InputError(f"box {x:g},{y:g},{w:g},{h:g}: lies outside the photo, which is {width} x {height} "
                          "pixels, or is empty")
     return x, y, w, h

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import read_checkpoint
-from common import InputError, make_folder, read_json, run, write_json
+from common import InputError, make_folder, printable, read_json, run, write_json
 from draw import draw_points, save_picture
 from locator import Locator, check_box, make_category, open_photo, parse_keypoint, parse_keypoints, read_sets
 
@@ -85,10 +85,10 @@ def print_points(points, photo, say=print):
     say(f"{'x':>9}{'y':>9}{'confidence':>12}  keypoint")
     for name, found in points.items():
         if found.x is None:
-            say(f"{'no coordinates in the answer':>30}  {name}")
+            say(f"{'no coordinates in the answer':>30}  {printable(name)}")
         else:
             confidence = "unknown" if found.confidence is None else f"{found.confidence:.2f}"
-            say(f"{found.x:9.1f}{found.y:9.1f}{confidence:>12}  {name}")
+            say(f"{found.x:9.1f}{found.y:9.1f}{confidence:>12}  {printable(name)}")
     places = [(found.x, found.y) for found in points.values() if found.x is not None]
     outside = [name for name, found in points.items() if found.x is not None
                and not (0 <= found.x < photo.width and 0 <= found.y < photo.height)]
@@ -179,10 +179,10 @@ def print_sets(sets, chosen):
     """All sets by name, or the texts of one."""
     if chosen:
         for name, description in parse_keypoints(chosen, sets).keypoints:
-            print(f"{name}: {description}")
+            print(printable(f"{name}: {description}"))
     else:
         for name, category in sorted(sets.items()):
-            print(f"{name}: {', '.join(keypoint for keypoint, _ in category.keypoints)}")
+            print(printable(f"{name}: {', '.join(keypoint for keypoint, _ in category.keypoints)}"))
 
 
 def main(argv):
@@ -224,10 +224,10 @@ def locate_all(locator, jobs, category, out):
             if len(jobs) == 1:
                 raise
             failed += 1
-            bar.write(f"{job.path}: {e}", file=sys.stderr)
+            bar.write(printable(f"{job.path}: {e}"), file=sys.stderr)
             continue
         if len(jobs) > 1:
-            bar.write(f"{job.path}")
+            bar.write(printable(str(job.path)))
         print_points(points, photo, bar.write)
         if job.box and looks_like_corners(job.box, photo):
             x1, y1, x2, y2 = job.box

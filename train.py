@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from chat import INSTRUCTIONS, PRETRAINING
-from checkpoint import load_chat, load_model, read_checkpoint, save_checkpoint
+from checkpoint import (
+    MAX_IMAGE_SIZE,
+    MAX_SEED,
+    load_chat,
+    load_model,
+    load_optimizer,
+    read_checkpoint,
+    save_checkpoint,
+)
 from coco import read_coco, read_texts
 from common import (
     InputError,
@@ -81,7 +90,7 @@ def build_parser():
     add("--init-projection", metavar="CKPT", help="likewise, with its projection alone: Table 9")
     add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
     add = parser.add_argument_group("network").add_argument
-    add("--image-size", type=positive, default=224, help="pixels a side")
+    add("--image-size", type=partial(positive, most=MAX_IMAGE_SIZE), default=224, help="pixels a side")
     add("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="Table 4")
     add("--tune-llm", choices=["frozen", "lora", "full"], default="lora")
     add("--answer", choices=["text", "token"], default="text",
@@ -101,7 +110,7 @@ def build_parser():
         help='keypoints asked in a conversation (Table 4), or "dynamic": any number')
     add("--pretrain", choices=PRETRAINING,
         help="Table 9: train the projection alone, to name the keypoint at a point")
-    add("--seed", type=natural, default=42)
+    add("--seed", type=partial(natural, most=MAX_SEED), default=42)
     add = parser.add_argument_group("running").add_argument
     add("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch "
         "then counts photos, and all keypoints of a photo are in the same step and crop")
@@ -110,10 +119,26 @@ def build_parser():
     add("--compile", action="store_true", help="torch.compile every block")
     add("--dtype", choices=DTYPES, help="of frozen weights and of computing; bf16 on CUDA and fp32 elsewhere "
         "if not given")
-    add("--workers", type=natural, default=4, help="processes that read photos, per GPU")
+    add("--workers", type=partial(natural, most=1000), default=4, help="processes that read photos, per GPU")
     add("--save-every", type=positive, default=100, help="steps between checkpoints")
     add("--log-every", type=positive, default=1, help="steps between log lines")
     return parser
+
+
+def as_if_typed(trained, path):
+    """-> the arguments of the checkpoint at `path`. InputError if the command line would not take them.
+
+    The run goes on in the folder that the checkpoint lies in.
+    """
+    parser = build_parser()
+    parser.exit_on_error = False
+    options = [f"--{key.replace('_', '-')}" + ("" if trained[key] is True else f"={trained[key]}")
+               for key in vars(parser.parse_args([]))
+               if trained.get(key) is not None and trained[key] is not False]
+    try:
+        return {**vars(parser.parse_args(options)), "out": str(Path(path).parent)}
+    except argparse.ArgumentError as e:
+        raise InputError(f"{path}: {e}; no run has such arguments") from None
 
 
 def parse_arguments(argv):
@@ -123,7 +148,7 @@ def parse_arguments(argv):
         parser.error("--resume goes on from a checkpoint, --init and --init-projection start from one: "
                      "give only one of them")
     if args.resume:  # the run's own arguments, but for what the command line says
-        parser.set_defaults(**read_checkpoint(args.resume)["args"])
+        parser.set_defaults(**as_if_typed(read_checkpoint(args.resume)["args"], args.resume))
         args = parser.parse_args(argv)
     if bool(args.annotations) != bool(args.images) or args.val and not args.annotations:
         parser.error("--annotations train.json, --images DIR and, if you like, --val val.json go together")
@@ -338,10 +363,7 @@ def main(argv):
     model = load_model(args, device, checkpoint, say)
     optimizer, step = make_optimizer(model, args, device), 0
     if checkpoint:
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, ValueError) as e:
-            raise InputError(f"{args.resume}: its optimizer is not of such a run ({e}); start anew") from None
+        load_optimizer(optimizer, checkpoint["optimizer"], args.resume)
         step = checkpoint["step"]
     model.llama.checkpoint_activations = args.checkpoint_activations
     if args.compile:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, load_weights, read_json
+from common import InputError, get_field, load_weights, read_json
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,23 @@ class ViTConfig:
         if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
             raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 "
                              "or dinov2_with_registers")
-        return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+        for key in raw.keys() & FIELDS.keys():
+            get_field(raw, key, path, *FIELDS[key])
+        config = cls(**{k: v for k, v in raw.items() if k in FIELDS})
+        if config.hidden_size % config.num_attention_heads:
+            raise InputError(f"{path}: hidden_size {config.hidden_size} is not a multiple of "
+                             f"num_attention_heads {config.num_attention_heads}")
+        if config.patch_size > config.image_size:
+            raise InputError(f"{path}: patch_size {config.patch_size} is above image_size "
+                             f"{config.image_size}")
+        return config
+
+
+# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
+FIELDS = dict(
+    hidden_size=(int,), num_hidden_layers=(int, 1, 200), num_attention_heads=(int, 1, 10000),
+    mlp_ratio=(float, 1, 1000), layer_norm_eps=(float, 0, 1), image_size=(int, 1, 10000),
+    patch_size=(int, 1, 10000), use_swiglu_ffn=(bool,), num_register_tokens=(int, 0, 1000))
 
 
 class Attention(nn.Module):

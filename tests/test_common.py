@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -17,8 +18,11 @@ import common
 from common import (
     InputError,
     between,
+    check,
+    get_field,
     natural,
     positive,
+    printable,
     read_json,
     run,
     silence_worker,
@@ -128,6 +132,14 @@ def test_arguments_are_whole_numbers(text, is_natural, is_positive):
                 kind(text)
 
 
+def test_absurd_numbers_are_refused():
+    for kind in natural, positive:
+        assert kind("1000000") == 10**6 and kind("7", most=7) == 7
+        for text, most in ("1000001", 10**6), ("8", 7), ("9" * 1000, 10**18):
+            with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is more than {most:,}$"):
+                kind(text, most)
+
+
 def test_a_process_alone_is_the_first_of_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     rank, world, device = start_processes()
@@ -160,6 +172,9 @@ def test_json_is_read_as_it_was_written_into_a_new_folder(tmp_path):
     (b"[" * 100_000, object, r"cannot be read as JSON \(maximum recursion depth .+\)"),
     (b"[1]", dict, r"cannot be read as JSON \(it holds a list, not a dict\)"),
     (b"{}", list, r"cannot be read as JSON \(it holds a dict, not a list\)"),
+    (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', dict, r"cannot be read as JSON \('c' is there 2 times\)"),
+    ('{"a": 1}'.encode("utf-16"), dict, r"cannot be read as JSON \(.+\)"),
+    (b"[1" + b"0" * 5000 + b"]", list, r"cannot be read as JSON \(.+\)"),
 ])
 def test_json_that_cannot_be_read_is_named(tmp_path, content, kind, says):
     path = tmp_path / "a.json"
@@ -167,6 +182,51 @@ def test_json_that_cannot_be_read_is_named(tmp_path, content, kind, says):
         path.write_bytes(content)
     with pytest.raises(InputError, match=rf"^{path}: {says}$"):
         read_json(path, kind)
+
+
+def test_a_mark_before_utf_8_is_no_error(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\x96hr"}')
+    assert read_json(tmp_path / "a.json") == {"a": "\u00d6hr"}
+
+
+@pytest.mark.parametrize("value, kind, bounds", [
+    (1, int, ()), (10**6, int, ()), (0, int, (0, 5)), (3, float, ()), (2.5, float, (0, 3)), ("a", str, ()),
+    ("\u00d6hr \U0001f431", str, (5, 5)),
+    (True, bool, ()), ([1], list, ()), ([], list, (0,)), ({"a": 1}, dict, ())])
+def test_a_value_of_the_right_kind_and_size_is_handed_on(value, kind, bounds):
+    assert check(value, "a.json: n", kind, *bounds) is value
+
+
+@pytest.mark.parametrize("value, kind, bounds, says", [
+    (0, int, (), "0, not a whole number from 1 to 1,000,000"), (10**400, int, (), "a whole number"),
+    (True, int, (), "True, not a whole number"), (1.0, int, (), "1.0, not a whole"),
+    ("1", int, (), "'1', not a whole"),
+    (float("nan"), float, (0, 1), "nan, not a number from 0 to 1"), (float("inf"), float, (), "inf, not a"),
+    (10**400, float, (), "a number"), (False, float, (0, 1), "False, not a number"), ("", str, (), "''"),
+    ("a\ud800", str, (), r"'a\ud800', not a text of 1 to 1,000,000 characters"), (None, str, (), "None"),
+    ("a" * 11, str, (1, 10), "of 1 to 10 characters"), (1, bool, (), "1, not true or false"),
+    ([1, 2, 3], list, (4, 4), "[1, 2, 3], not a list of 4"), ([], dict, (0,), "[], not an object"),
+])
+def test_a_value_of_another_kind_or_size_is_named(value, kind, bounds, says):
+    with pytest.raises(InputError) as error:
+        check(value, "a.json: n", kind, *bounds)
+    assert str(error.value).startswith("a.json: n is ") and says in str(error.value)
+
+
+def test_a_missing_field_is_named():
+    assert get_field({"id": 7}, "id", "a.json", int) == 7
+    for record in {}, [], None, 7:
+        with pytest.raises(InputError, match="^a.json: entry 'id' is missing, that of image 3$"):
+            get_field(record, "id", "a.json", int, of=" of image 3")
+    with pytest.raises(InputError, match="^a.json: id of image 3 is 'x', not a whole number from 0 to 5$"):
+        get_field({"id": "x"}, "id", "a.json", int, 0, 5, " of image 3")
+
+
+def test_names_have_no_power_over_the_terminal():
+    name = "\x1b[2J\x07 left\near \u202e\ud800 \u00d6hr \u8033"
+    assert printable(name) == r"\x1b[2J\x07 left\near \u202e\ud800 " + "\u00d6hr \u8033"
+    assert str(InputError(f"a.json: {name}")) == f"a.json: {printable(name)}"
+    assert printable(printable(name)) == printable(name)
 
 
 def test_a_full_disk_leaves_the_json_file_as_it_was(tmp_path, monkeypatch):
@@ -217,6 +277,12 @@ def truncate(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
 
 
+def spoilt_fields(*fields):
+    """Cases in which a field of config.json holds what it cannot."""
+    return {f"{key} is {value!r:.9}": (edit_config(**{key: value}), ["config.json", key])
+            for key, value in fields}
+
+
 INDEX = "model.safetensors.index.json"
 FIRST, LAST = "model-00001-of-00006.safetensors", "model-00006-of-00006.safetensors"
 KEY = "model.layers.0.self_attn.k_proj.weight"  # in the first file
@@ -231,12 +297,22 @@ BROKEN_LLAMA = {  # what is done to the folder, and what the message must say
     "index names an absent shard": (remove(LAST), [LAST, "missing"]),
     "absent index": (remove(INDEX), [INDEX, "neither model.safetensors"]),
     "index without a map": (write(INDEX, "{}"), [INDEX, "weight_map"]),
+    **{f"index with {name!r}": (write(INDEX, json.dumps({"weight_map": {"a": name}})), [INDEX, "weight_map"])
+       for name in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", "\ud800.safetensors", 7)},
     "index that is no object": (write(INDEX, "[]"), [INDEX, "not a dict"]),
     "absent config": (remove("config.json"), ["config.json", "no such file"]),
     "broken config": (write("config.json", '{"model_type": '), ["config.json", "JSON"]),
     "config that is no object": (write("config.json", "[1]"), ["config.json"]),
     "config without sizes": (write("config.json", '{"model_type": "llama"}'), ["config.json", "hidden_size"]),
     "other network": (edit_config(model_type="gemma"), ["config.json", "gemma"]),
+    **spoilt_fields(
+        ("hidden_size", "64"), ("vocab_size", 10**40), ("vocab_size", True), ("num_hidden_layers", 10**6),
+        ("num_attention_heads", 0), ("head_dim", 1.5), ("rms_norm_eps", float("inf")),
+        ("rope_scaling", "yarn"), ("tie_word_embeddings", "no")),
+    "heads that cannot share": (edit_config(num_key_value_heads=3), ["config.json", "4 heads", "3 key"]),
+    "heads of odd width": (edit_config(head_dim=15), ["config.json", "width 15 is not even"]),
+    "rope of no theta": (
+        edit_config(rope_parameters=dict(LLAMA3, factor=8, rope_theta=0)), ["rope_theta is 0"]),
     "sliding window": (
         edit_config(model_type="mistral", sliding_window=4096), ["config.json", "sliding window"]),
     "other rope": (edit_config(rope_parameters=dict(rope_type="yarn")), ["config.json", "yarn"]),
@@ -246,6 +322,11 @@ BROKEN_VIT = {
     "missing tensor": (
         edit_weights(**{"layernorm.bias": None}), ["model.safetensors: 1 tensors", "norm.bias"]),
     "other network": (edit_config(model_type="vit"), ["config.json", "'vit'"]),
+    **spoilt_fields(
+        ("hidden_size", "48"), ("hidden_size", 10**40), ("hidden_size", [48]), ("num_hidden_layers", -1),
+        ("num_hidden_layers", 10**6), ("num_attention_heads", 0), ("num_attention_heads", 5),
+        ("mlp_ratio", None), ("layer_norm_eps", float("nan")), ("image_size", 13), ("patch_size", 0),
+        ("use_swiglu_ffn", 1)),
     "patches that do not fit": (edit_config(patch_size=16), ["70", "patch size 16"]),
 }
 

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import re
 from collections import namedtuple
 
@@ -152,6 +153,12 @@ NOT_NUMBERS = [
 
 
 @pytest.mark.parametrize("changes, says", [
+    (dict(id="5"), "id of an entry of annotations is '5', not a whole number"), (dict(id=True), "is True"),
+    (dict(image_id=[1]), r"image_id of annotation 5 is \[1\]"), (dict(category_id=2.0), "category_id of"),
+    (dict(bbox=[1, 2, 3, True]), "annotation 5 .*not a number"), (dict(bbox="1234"), "bbox of annotation 5"),
+    (dict(bbox=[10**400, 2, 3, 4]), "annotation 5 .*beyond 1,000,000"), (dict(area="9"), "area of annot"),
+    (dict(keypoints=["1", "2", "1"]), "annotation 5 .*not a number"), (dict(iscrowd="0"), "an iscrowd that"),
+    (dict(file_name=""), "file_name of image"), (dict(file_name="\ud800.png"), "file_name of image"),
     (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 5 has 2 keypoints, but plate has 1 description"),
     (dict(category_id=7), "category 7 has no descriptions"),
     *((dict(file_name=name), "annotation 5 is not below images/")
@@ -196,6 +203,32 @@ def test_renamed_keypoints_fit_the_benchmark(shared):
     categories = json.loads((shared / "mp100/categories.json").read_text())
     assert len({entry["id"] for entry in categories} & renamed.keys()) == len(renamed) == 34
     data.check_categories(categories, renamed, "categories.json")
+def read_raw(folder, **contents):
+    """What read_instances() makes of a file with these images and annotations."""
+    (folder / "a.json").write_text(json.dumps(contents))
+    return read_instances(folder / "a.json", CATEGORIES)
+
+
+def test_an_id_that_comes_twice_is_refused_and_what_is_not_listed_is_counted(tmp_path, capsys):
+    photo = dict(id=1, file_name="1.png", width=100, height=80)
+    plate = dict(id=5, image_id=1, category_id=2, bbox=[10, 20, 30, 40], keypoints=[20, 30, 1])
+    for n_photos, n_plates, says in (1, 2, "annotation 5"), (2, 1, "image 1"):
+        with pytest.raises(InputError, match=f"a.json: {says} is listed twice$"):
+            read_raw(tmp_path, images=[photo] * n_photos, annotations=[plate] * n_plates)
+    stray = [plate | dict(id=i, image_id=2) for i in (6, 7)]
+    assert len(read_raw(tmp_path, images=[photo], annotations=[plate])) == 1
+    assert capsys.readouterr() == ("", "")
+    assert len(read_raw(tmp_path, images=[photo], annotations=[*stray, plate])) == 1
+    line = f"{tmp_path}/a.json: 2 annotations of images that are not listed are left out\n"
+    assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("key, value", [("width", 1e300), ("width", 0), ("height", "80"), ("height", None)])
+def test_a_photo_of_an_absurd_size_is_named(tmp_path, key, value):
+    photo = dict(id=1, file_name="1.png", width=100, height=80) | {key: value}
+    plate = dict(id=5, image_id=1, category_id=2, bbox=[10, 20, 30, 40], keypoints=[20, 30, 1])
+    with pytest.raises(InputError, match=f"a.json: .*{key} of image 1 is .*, not a number from 1 to"):
+        read_raw(tmp_path, images=[photo], annotations=[plate])
 
 
 # ----------------------------------------------------------------------------------------------------- crops
@@ -250,6 +283,29 @@ def test_outside_the_photo_is_black(tmp_path):
     for angle in 0, 0.5, -2:
         whole = Crop(300, 200, 780, angle).cut(path, 64)
         assert (whole / 255).mean().item() == pytest.approx(600 * 400 / 780**2, rel=0.02)
+
+
+@pytest.mark.parametrize("x, y, side", [
+    (0, 0, 1e300), (1e300, 0, 9), (0, -1e8, 9), (0, 0, 0), (0, 0, -9), (0, 0, 1e-300), (math.nan, 0, 9),
+    (0, 0, math.nan), (math.inf, 0, 9), (0, 0, math.inf)])
+def test_a_crop_beyond_all_bounds_is_refused(tmp_path, x, y, side):
+    Image.new("RGB", (60, 40)).save(tmp_path / "1.png")
+    with pytest.raises(InputError, match=r"1\.png: no crop of [^\n]+ is the box right\?$"):
+        Crop(x, y, side).cut(tmp_path / "1.png", 32)
+
+
+def test_a_huge_box_needs_little_memory(tmp_path, monkeypatch):
+    """The square that is cut before it is reduced has less than four times the size, whatever the box."""
+    sizes, transform = [], Image.Image.transform
+
+    def transform_and_record(photo, size, *how):
+        sizes.append(size[0])
+        return transform(photo, size, *how)
+    monkeypatch.setattr(Image.Image, "transform", transform_and_record)
+    for suffix, side in itertools.product(("png", "jpg"), (127, 128, 1000, 39_000, 10**7)):
+        Image.new("RGB", (60, 40), "white").save(path := tmp_path / f"1.{suffix}")
+        Crop(30, 20, side).cut(path, 32)
+    assert max(sizes) < 4 * 32
 
 
 def test_a_fine_checkerboard_becomes_grey(tmp_path):
@@ -669,6 +725,33 @@ def test_missing_and_damaged_photos_are_counted_by_category(tmp_path, content):
         data.keep_readable(instances[1:], tmp_path / "images", CATEGORIES, allow_missing=True)
 
 
+def test_a_pipe_or_a_folder_is_no_photo_but_a_link_may_lead_to_one(tmp_path):
+    """One would wait for the pipe for ever."""
+    (tmp_path / "images").mkdir()
+    os.mkfifo(tmp_path / "images/0.png")
+    (tmp_path / "images/1.png").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "elsewhere.png")
+    (tmp_path / "images/2.png").symlink_to(tmp_path / "elsewhere.png")
+    point = np.ones((1, 2)), np.ones(1, bool)
+    instances = [Instance(i, 2, f"{i}.png", (0, 0, 9, 9), *point) for i in range(3)]
+    assert data.keep_readable(instances, tmp_path, CATEGORIES, allow_missing=True) == instances[2:]
+    for i in 0, 1:
+        with pytest.raises(InputError, match="not a readable photo .it is not a regular file.; replace"):
+            crop_of(instances[i]).cut(tmp_path / f"images/{i}.png", 14)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), AttributeError("'NoneType'")])
+def test_whatever_a_decoder_raises_the_photo_is_named(tmp_path, monkeypatch, error):
+    """AVIF's raises RuntimeError."""
+    Image.new("RGB", (9, 9)).save(path := tmp_path / "1.png")
+
+    def load(_):
+        raise error
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(InputError, match=f"^{path}: not a readable photo "):
+        Crop(4, 4, 8).cut(path, 14)
+
+
 READERS = {
     "annotations": lambda path: read_instances(path, CATEGORIES),
     "descriptions": data.read_descriptions,
@@ -697,3 +780,36 @@ def test_a_description_that_is_incomplete_is_named(tmp_path, entry, says):
     path.write_text(json.dumps(texts))
     with pytest.raises(InputError, match=rf"texts\.json: entry '{says}' is missing"):
         data.read_descriptions(path)
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (dict(name=7), "name of keypoint 0 in cup is 7, not a text"), (dict(name=""), "in cup is ''"),
+    (dict(name="left ear"), "2 keypoints of cup are called left ear"), (dict(description=""), "in cup is ''"),
+    (dict(description=None), "description of keypoint 0 in cup is None"),
+    (dict(description="\ud800"), r"description of keypoint 0 in cup is '\\ud800', not a text"),
+    (dict(skeleton=[[0, 2]]), "skeleton of cup: a keypoint's index is 2, not a whole number from 0 to 1"),
+    (dict(skeleton=[[0, -1]]), "index is -1"), (dict(skeleton=[[0, 1, 1]]), "not a list of 2"),
+    (dict(skeleton="01"), "the skeleton of cup is '01', not a list"), (dict(set=[]), "a list of 1 to 1,000"),
+    (dict(id="one"), "'one' in categories is not an id"), (dict(id="01"), "'01' in categories is not an id"),
+    (dict(id="-1"), "'-1' in categories is not an id"), (dict(category=3), "name of category 3 is 3"),
+], ids=str)
+def test_a_description_that_is_no_text_or_ambiguous_is_named(tmp_path, spoil, says):
+    rim = {"name": spoil.get("name", "rim"), "description": spoil.get("description", "above")}
+    keypoints = spoil.get("set", [rim, {"name": "left ear", "description": "its handle"}])
+    category = {"name": spoil.get("category", "cup"), "keypoint_set": "cup"}
+    texts = {"keypoint_sets": {"cup": keypoints}, "categories": {spoil.get("id", "3"): category},
+             "skeletons": {"cup": spoil.get("skeleton", [[0, 1]])}}
+    path = tmp_path / "texts.json"
+    path.write_text(json.dumps(texts))
+    with pytest.raises(InputError, match=rf"^[^\n]*texts\.json: [^\n]*{says}[^\n]*$"):
+        data.read_descriptions(path)
+
+
+def test_skeletons_are_lines_between_keypoints(tmp_path):
+    point = [{"name": name, "description": "there"} for name in ("rim", "foot", "heart")]
+    texts = {"keypoint_sets": {"cup": point, "pot": point}, "skeletons": {"cup": [[0, 2], [2, 1]]},
+             "categories": {"3": {"name": "a cup", "keypoint_set": "cup"},
+                            "0": {"name": "a pot", "keypoint_set": "pot"}}}
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    categories = data.read_descriptions(tmp_path / "texts.json")
+    assert {number: c.skeleton for number, c in categories.items()} == {3: [(0, 2), (2, 1)], 0: []}
