@@ -734,7 +734,7 @@ def test_a_pipe_or_a_folder_is_no_photo_but_a_link_may_lead_to_one(tmp_path):
     (tmp_path / "images/2.png").symlink_to(tmp_path / "elsewhere.png")
     point = np.ones((1, 2)), np.ones(1, bool)
     instances = [Instance(i, 2, f"{i}.png", (0, 0, 9, 9), *point) for i in range(3)]
-    assert data.keep_readable(instances, tmp_path, CATEGORIES, allow_missing=True) == instances[2:]
+    assert data.keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=True) == instances[2:]
     for i in 0, 1:
         with pytest.raises(InputError, match="not a readable photo .it is not a regular file.; replace"):
             crop_of(instances[i]).cut(tmp_path / f"images/{i}.png", 14)
