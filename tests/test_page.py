@@ -517,9 +517,9 @@ def make_figure(path):
         page.wait("!$('example').hidden")
         page.evaluate("$('example').click()")
         page.wait("found !== null")
-        page.evaluate("pin(2)")
+        page.evaluate("pin(0)")
         page.photograph(path)
-    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+    Image.open(path).convert("RGB").save(path, optimize=True)
 
 
 if __name__ == "__main__":
