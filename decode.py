@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from chat import Category, Chat
 from data import Crop, normalize
@@ -119,11 +120,12 @@ def answer_plainly(conversations, questions, answer_format):
     return answers
 
 
-def answer_in_format(conversations, questions, answer_format):
+def answer_in_format(conversations, questions, answer_format, constrained=False):
     """A pass for each choice, with the tokens that are known before it fed along. Every row keeps the format.
 
     -> R answers; for each, whether the model would have said just this; and the distributions over
-    answer_format.digits that its choices were made from.
+    answer_format.digits that its choices were made from. constrained: the model is not asked what it would
+    have said, so nothing is computed but the logits of digits.
     """
     llama, answers, unread = conversations.llama, [[] for _ in questions], questions
     own, distributions = torch.ones(len(questions), dtype=torch.bool), [[] for _ in questions]
@@ -132,12 +134,18 @@ def answer_in_format(conversations, questions, answer_format):
         # The last positions of a block predict the known tokens and then the choice:
         #   block       ...  "Assistant"  ":"    " ["   "0"   "."
         #   predicts                      " ["   "0"    "."   the choice
-        hidden = conversations.read([block + known for block in unread], len(known) + 1)  # (R, n, D)
-        logits = llama.lm_head(hidden).float()  # (R, n, V)
-        choice = digits[logits[:, -1, digits].argmax(-1)].tolist()
+        blocks = [block + known for block in unread]
+        hidden = conversations.read(blocks, 1 if constrained else len(known) + 1)  # (R, n, D)
+        if constrained:
+            scores = F.linear(hidden[:, -1], llama.lm_head.weight[digits]).float()  # (R, digits)
+        else:
+            logits = llama.lm_head(hidden).float()  # (R, n, V)
+            scores = logits[:, -1, digits]
+        choice = digits[scores.argmax(-1)].tolist()
         said = [known + [digit] for digit in choice]
-        own &= (logits.argmax(-1).cpu() == torch.tensor(said)).all(1)
-        for r, p in enumerate(logits[:, -1, digits].softmax(-1).cpu().numpy()):
+        if not constrained:
+            own &= (logits.argmax(-1).cpu() == torch.tensor(said)).all(1)
+        for r, p in enumerate(scores.softmax(-1).cpu().numpy()):
             answers[r] += said[r]
             distributions[r].append(p)
         unread = [[digit] for digit in choice]
@@ -153,8 +161,8 @@ def answer_questions(conversations, questions, answer_format, constrained=False)
     start, R = conversations.counts.shape[1], len(questions)
     answers, own, distributions = [None] * R, [False] * R, [None] * R
     if answer_format.known:
-        answers, own, distributions = answer_in_format(conversations, questions, answer_format)
-    others = [r for r in range(R) if not (own[r] or constrained and answer_format.known)]
+        answers, own, distributions = answer_in_format(conversations, questions, answer_format, constrained)
+    others = [r for r in range(R) if not own[r]]
     if others:
         conversations.forget(others, start)
         asked = [question if r in others else [] for r, question in enumerate(questions)]

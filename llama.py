@@ -191,8 +191,8 @@ class Llama(nn.Module):
         query with the first key.
 
         cache: {layer: (keys, values)}, each (B, G, slots, d), empty at first; every call appends to it.
-        prefix: (another cache, rows), what comes before: row b goes on from that cache's row rows[b]. Rows may
-        share it, since it is only read, and copied out for one layer at a time.
+        prefix: (another cache, rows), what comes before: row b goes on from that cache's row rows[b]. It is
+        only read, so rows may share it; one layer at a time is copied for each.
 
         real: where the N tokens that are not padding are, a pair of their rows and columns. Then x is (N, D)
         and so is the result: only attention needs rows of one length, the rest treats each token by itself.

@@ -14,6 +14,7 @@ from chat import AnswerFormat, Chat, spell
 from decode import (
     Conversations,
     Prediction,
+    answer_in_format,
     answer_plainly,
     answer_questions,
     locate,
@@ -156,18 +157,38 @@ def check_what_is_known(predictions, chat):
             assert p == Prediction(None, None, p.answer, None, None)
 
 
+@pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("n, passes", [(1, 3), (3, 7)])
 @torch.no_grad()
-def test_answers_in_the_format_take_one_pass_a_digit_and_few_logits(folder, n, passes):
+def test_answers_in_the_format_take_one_pass_a_digit_and_few_logits(folder, n, passes, constrained):
     model, images, questions = untrained(folder, [4, 3])
     chat = TinyChat(n)
     read, predicted = [], []
-    model.llama.norm.register_forward_hook(lambda *_: read.append(1))
+    model.llama.norm.register_forward_hook(lambda _, args, __: read.append(args[0].shape[:-1].numel()))
     model.llama.lm_head.register_forward_hook(
         lambda _, args, __: predicted.append(args[0].shape[:-1].numel()))
-    locate(model, images, questions, chat, constrained=True)
+    if constrained:
+        locate(model, images, questions, chat, constrained=True)
+    else:
+        conversations = read_photos(model, images, chat)
+        conversations.select([0, 0, 0, 0, 1, 1, 1])
+        answer_in_format(conversations, flat(questions), chat.coordinates)
     assert len(read) == passes  # the photos, then one a digit of x and y
-    assert sum(predicted) == 7 * chat.coordinates.max_tokens  # each token of an answer once, nothing else
+    if constrained:
+        assert sum(read) == 7 * 2 * n and not predicted  # the choices, from the digits' logits alone
+    else:  # each token of an answer once, nothing else
+        assert sum(read) == sum(predicted) == 7 * chat.coordinates.max_tokens
+
+
+@torch.no_grad()
+def test_constrained_or_not_an_answer_in_the_format_has_the_same_distributions(folder):
+    model, images, questions = untrained(folder, [1])
+    chat = TinyChat(3)
+    chat.learn(one_by_one(model, images, questions, chat)[0])
+    free, forced = (locate(model, images, questions, chat, constrained=c)[0][0] for c in (False, True))
+    assert free.answer == forced.answer
+    np.testing.assert_allclose(free.x, forced.x, atol=1e-6)
+    np.testing.assert_allclose(free.y, forced.y, atol=1e-6)
 
 
 @torch.no_grad()
