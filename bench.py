@@ -9,7 +9,7 @@ medians for a training step of the paper's conversation (549 positions, 4 rounds
 photos with 8, 17 and 68 keypoints (61 tokens a question), for cropping out of a photo of 12 megapixels on one
 core, and, but with tiny, for loading a checkpoint of 2 GB in shards:
 
-    seconds   of the median run; +-: how far the slowest was from the fastest
+    seconds   of the median run; +-: how far the slowest was from the fastest, "!" if too far to be trusted
     x ours    how many times our time
     GiB       peak memory (GPU: allocated; CPU: of a process that does only this); before: without the run
     TFLOP/s   counting only what the task needs, the same for all; MFU: its share of the GPU's data sheet
@@ -34,6 +34,7 @@ from PIL import Image
 from torch import nn
 
 from chat import IGNORE, AnswerFormat
+from common import write_json
 from data import Crop
 from decode import locate
 from llama import Llama, LlamaConfig
@@ -329,6 +330,9 @@ def needed(model, n_photos, passes):
     return flop
 
 
+ROWS = []  # all that was printed, for --json
+
+
 def print_rows(title, unit, times, n, memory=None, flop=None):
     """A group of the table.
 
@@ -340,7 +344,8 @@ def print_rows(title, unit, times, n, memory=None, flop=None):
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     for way, seconds in times.items():
         s = median(seconds)
-        spread = f"{(max(seconds) - min(seconds)) / s:.0%}" if len(seconds) > 1 else "once"
+        noise = (max(seconds) - min(seconds)) / s
+        spread = f"{noise:.0%}{'!' * (noise > 0.25)}" if len(seconds) > 1 else "once"
         line = f"  {way:42}{s:9.4g}{spread:>6}{n / s:11,.2f}{s / median(times[OURS]):8.2f}"
         line += "{:7.2f}{:8.2f}".format(*memory[way]) if memory else f"{'':15}"
         if flop:
@@ -348,6 +353,8 @@ def print_rows(title, unit, times, n, memory=None, flop=None):
             line += f"{speed:9.3f}"
             line += "".join(f"{speed / peak:6.0%}" for name, peak in PEAK_TFLOPS.items() if name in card)
         print(line, flush=True)
+        ROWS.append({"title": title, "way": way, "seconds": seconds, "unit": unit, "n": n,
+                     "memory": memory and memory[way], "flop": flop})
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -462,6 +469,7 @@ def loading_table(size):
 def main(argv):
     parser = argparse.ArgumentParser(description="Speed and memory beside Transformers + PEFT.")
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--json", metavar="FILE", help="also write every run's seconds, GiB and FLOP there")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
@@ -471,6 +479,7 @@ def main(argv):
     import peft
     import transformers
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    ROWS.clear()
     print(f"{where}, size {args.size}, {dtype}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}, peft {peft.__version__}")
     tiny = build("tiny", device, torch.float32)
@@ -482,6 +491,8 @@ def main(argv):
     cropping_table()
     if args.size != "tiny":
         loading_table(args.size)
+    if args.json:
+        write_json(args.json, {"where": where, "size": args.size, "torch": torch.__version__, "rows": ROWS})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from chat import Category, Chat
 from data import Crop, normalize
@@ -49,26 +50,30 @@ class Prediction:
 class Conversations:
     """Conversations under way, one a row: their cached keys and values, and which slots of the cache count.
 
-    Rows read blocks of tokens of different lengths, so some slots hold padding. Nothing ever looks at those.
+    What they begin with is kept once, however many go on from it. Rows read blocks of tokens of different
+    lengths, so some slots hold padding. Nothing ever looks at those.
     """
 
     def __init__(self, llama, x):
-        """x (R, T, D): embeddings of what all rows begin with."""
-        self.llama, self.cache = llama, {}
-        llama(x, cache=self.cache)
+        """x (P, T, D): embeddings of P beginnings, a conversation each."""
+        self.llama, self.beginnings, self.cache = llama, {}, {}
+        llama(x, cache=self.beginnings, wanted=[])  # wanted are its keys and values alone
+        self.beginning_of = torch.arange(len(x), device=x.device)  # (R,)
         self.counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (R, S)
 
     def select(self, rows):
         """Goes on with these rows alone. A row that is named several times becomes several conversations."""
         rows = torch.tensor(rows, dtype=torch.long, device=self.counts.device)
         for i, (k, v) in self.cache.items():  # layer by layer, so that little is held twice
-            self.cache[i] = k[rows], v[rows]  # (R, G, S, d)
-        self.counts = self.counts[rows]
+            self.cache[i] = k[rows], v[rows]  # (R, G, slots, d)
+        self.beginning_of, self.counts = self.beginning_of[rows], self.counts[rows]
 
-    def read(self, blocks):
-        """Reads a block of tokens in each row: R lists of any lengths -> hidden states (R, T, D)."""
+    def read(self, blocks, n=1):
+        """Reads a block of tokens in each row: R lists of any lengths.
+
+        -> hidden states of the last n tokens of every block (R, n, D); no row for an empty block.
+        """
         T, device = max(map(len, blocks)), self.counts.device
-        tokens = torch.tensor([block + [0] * (T - len(block)) for block in blocks], device=device)  # (R, T)
         lengths = torch.tensor([len(block) for block in blocks], device=device)
         new = torch.arange(T, device=device) < lengths[:, None]  # (R, T), False for padding
         positions = self.counts.sum(1, keepdim=True) + torch.arange(T, device=device)
@@ -76,9 +81,10 @@ class Conversations:
         cached = self.counts[:, None].expand(-1, T, -1)  # (R, T, S)
         within = new[:, None] & new.new_ones(T, T).tril()  # (R, T, T)
         mask = torch.cat((cached, within), dim=2)[:, None]  # (R, 1, T, S + T)
-        unpadded = new.flatten().nonzero()[:, 0] if lengths.min() < T else None
-        x = self.llama.embed_tokens(tokens)
-        hidden = self.llama(x, positions, mask, self.cache, unpadded)
+        last = lengths.cumsum(0)[lengths > 0, None] + torch.arange(-n, 0, device=device)  # (R, n)
+        x = self.llama.embed_tokens(torch.tensor(sum(blocks, []), device=device))  # all blocks in one list
+        hidden = self.llama(x, positions, mask, self.cache, (self.beginnings, self.beginning_of),
+                            real=new.nonzero(as_tuple=True), wanted=last)
         self.counts = torch.cat((self.counts, new), dim=1)
         return hidden
 
@@ -104,10 +110,9 @@ def answer_plainly(conversations, questions, answer_format):
     """
     llama, answers, unread = conversations.llama, [[] for _ in questions], questions
     while any(unread):
-        hidden = conversations.read(unread)  # (R, T, D)
         rows = [r for r, block in enumerate(unread) if block]
-        last = hidden[rows, [len(unread[r]) - 1 for r in rows]]  # (rows, D)
-        for r, token in zip(rows, llama.lm_head(last).argmax(-1).tolist()):
+        logits = llama.lm_head(conversations.read(unread)[:, -1])  # (rows, V)
+        for r, token in zip(rows, logits.argmax(-1).tolist()):
             answers[r].append(token)
         end, most = answer_format.ending[-1], answer_format.max_tokens
         done = [not a or a[-1] == end or len(a) == most for a in answers]
@@ -115,28 +120,32 @@ def answer_plainly(conversations, questions, answer_format):
     return answers
 
 
-def answer_in_format(conversations, questions, answer_format):
+def answer_in_format(conversations, questions, answer_format, constrained=False):
     """A pass for each choice, with the tokens that are known before it fed along. Every row keeps the format.
 
     -> R answers; for each, whether the model would have said just this; and the distributions over
-    answer_format.digits that its choices were made from.
+    answer_format.digits that its choices were made from. constrained: the model is not asked what it would
+    have said, so nothing is computed but the logits of digits.
     """
     llama, answers, unread = conversations.llama, [[] for _ in questions], questions
     own, distributions = torch.ones(len(questions), dtype=torch.bool), [[] for _ in questions]
     digits = torch.tensor(answer_format.digits, device=conversations.counts.device)
     for known in answer_format.known:
-        blocks = [block + known for block in unread]
-        hidden = conversations.read(blocks)  # (R, T, D)
         # The last positions of a block predict the known tokens and then the choice:
         #   block       ...  "Assistant"  ":"    " ["   "0"   "."
         #   predicts                      " ["   "0"    "."   the choice
-        n = len(known) + 1
-        last = torch.tensor([[len(block) - n + i for i in range(n)] for block in blocks])  # (R, n)
-        logits = llama.lm_head(hidden[torch.arange(len(blocks))[:, None], last]).float()  # (R, n, V)
-        choice = digits[logits[:, -1, digits].argmax(-1)].tolist()
+        blocks = [block + known for block in unread]
+        hidden = conversations.read(blocks, 1 if constrained else len(known) + 1)  # (R, n, D)
+        if constrained:
+            scores = F.linear(hidden[:, -1], llama.lm_head.weight[digits]).float()  # (R, digits)
+        else:
+            logits = llama.lm_head(hidden).float()  # (R, n, V)
+            scores = logits[:, -1, digits]
+        choice = digits[scores.argmax(-1)].tolist()
         said = [known + [digit] for digit in choice]
-        own &= (logits.argmax(-1).cpu() == torch.tensor(said)).all(1)
-        for r, p in enumerate(logits[:, -1, digits].softmax(-1).cpu().numpy()):
+        if not constrained:
+            own &= (logits.argmax(-1).cpu() == torch.tensor(said)).all(1)
+        for r, p in enumerate(scores.softmax(-1).cpu().numpy()):
             answers[r] += said[r]
             distributions[r].append(p)
         unread = [[digit] for digit in choice]
@@ -152,8 +161,8 @@ def answer_questions(conversations, questions, answer_format, constrained=False)
     start, R = conversations.counts.shape[1], len(questions)
     answers, own, distributions = [None] * R, [False] * R, [None] * R
     if answer_format.known:
-        answers, own, distributions = answer_in_format(conversations, questions, answer_format)
-    others = [r for r in range(R) if not (own[r] or constrained and answer_format.known)]
+        answers, own, distributions = answer_in_format(conversations, questions, answer_format, constrained)
+    others = [r for r in range(R) if not own[r]]
     if others:
         conversations.forget(others, start)
         asked = [question if r in others else [] for r, question in enumerate(questions)]
@@ -202,8 +211,7 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False, c
 
 def point_out(model, conversations, questions, chat):
     """Table 8: reads <KEYPOINT> behind each question, and the point off its hidden state."""
-    blocks = [[*question, chat.keypoint] for question in questions]
-    hidden = conversations.read(blocks)[range(len(blocks)), [len(block) - 1 for block in blocks]]  # (R, D)
+    hidden = conversations.read([[*question, chat.keypoint] for question in questions])[:, -1]  # (R, D)
     return [Prediction(tuple(point), None, [chat.keypoint, chat.eos])
             for point in model.keypoint_head(hidden.float()).tolist()]
 

@@ -6,8 +6,9 @@ and Vicuna-7B-v1.5.
 
     x -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> lm_head
 
-Letters in shape comments: B rows, T new positions, S positions seen (cached and new), D width, H query heads,
-G key/value heads, d width of a head. `python llama.py` shows the shapes of a small one.
+Letters in shape comments: B rows, T new positions, N tokens (B * T, or fewer where rows are padded), S
+positions seen (cached and new), D width, H query heads, G key/value heads, d width of a head.
+`python llama.py` shows the shapes of a small one.
 """
 
 import math
@@ -140,16 +141,29 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, past):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.d).transpose(1, 2)
+    def forward(self, x, cos, sin, mask, past, prefix, real):
+        """-> what the heads found, which o_proj has still to mix, and the keys and values to cache."""
+        q, k, v = (pad(proj(x), real, mask).unflatten(-1, (-1, self.d)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, G, T, d)
         if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)  # (B, G, S, d)
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        new = k, v
+        if prefix is not None:
+            k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)  # (B, G, S, d)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H * d)
+        return y if real is None else y[real], new
+
+
+def pad(x, real, mask):
+    """Puts tokens (N, W) where they belong in rows of one length: (B, T, W), 0 elsewhere. See Llama."""
+    if real is None:
+        return x
+    padded = x.new_zeros(mask.shape[0], mask.shape[2], x.shape[-1])
+    padded[real] = x
+    return padded
 
 
 class MLP(nn.Module):
@@ -173,14 +187,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, past, unpadded=None):
-        attended, keys_and_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
-        x = x + attended
-        if unpadded is None:
-            return x + self.mlp(self.post_attention_layernorm(x)), keys_and_values
-        flat = x.flatten(0, 1)  # (B * T, D)
-        flat[unpadded] += self.mlp(self.post_attention_layernorm(flat[unpadded]))
-        return flat.view(x.shape), keys_and_values
+    def forward(self, x, cos, sin, mask, past=None, prefix=None, real=None, wanted=None):
+        found, new = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, prefix, real)
+        if wanted is not None:
+            x, found = x[wanted], found[wanted]
+        x = x + self.self_attn.o_proj(found)
+        return x + self.mlp(self.post_attention_layernorm(x)), new
 
 
 class Llama(nn.Module):
@@ -197,14 +209,21 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.checkpoint_activations = False  # keep block inputs alone, recompute the rest in the backward
 
-    def forward(self, x, positions=None, mask=None, cache=None, unpadded=None):
+    def forward(self, x, positions=None, mask=None, cache=None, prefix=None, real=None, wanted=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D).
 
         positions (B, T), by default 0 ... T-1. mask (B, 1, T, S), True where a query may look; by default
-        attention is causal. cache: {layer: (keys, values)}, each (B, G, S, d), empty at first; every call
-        appends to it. Once it holds something, positions and mask must be given, since SDPA would line up the
-        first query with the first key. unpadded: which of the B * T positions, counted row by row, are not
-        padding; the MLPs, four fifths of the work, skip the others.
+        attention is causal. Once anything is cached, both must be given, since SDPA would line up the first
+        query with the first key.
+
+        cache: {layer: (keys, values)}, each (B, G, slots, d), empty at first; every call appends to it.
+        prefix: (another cache, rows), what comes before: row b goes on from that cache's row rows[b]. It is
+        only read, so rows may share it; one layer at a time is copied for each.
+
+        real: where the N tokens that are not padding are, a pair of their rows and columns. Then x is (N, D)
+        and so is the result: only attention needs rows of one length, the rest treats each token by itself.
+        wanted: an index. The result is hidden[wanted]. The last layer then makes only keys and values of the
+        other tokens.
 
         The vocabulary's logits are lm_head(hidden), left to the caller: they are wanted at few positions, and
         each costs a product with the whole vocabulary.
@@ -214,13 +233,18 @@ class Llama(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)[None]
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (B, 1, T, d/2), fp32
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        shared, rows = prefix or ({}, None)
         for i, layer in enumerate(self.layers):
-            if cache is not None:  # replaced layer by layer, so that no more than one layer is held twice
-                x, cache[i] = layer(x, cos, sin, mask, cache.get(i), unpadded)
-            elif self.checkpoint_activations and torch.is_grad_enabled():
-                x, _ = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
+            past = cache.get(i) if cache is not None else None
+            before = [t[rows] for t in shared[i]] if shared else None
+            is_last = i == len(self.layers) - 1
+            args = x, cos, sin, mask, past, before, real, wanted if is_last else None
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, new = checkpoint(layer, *args, use_reentrant=False)
             else:
-                x, _ = layer(x, cos, sin, mask, None, unpadded)
+                x, new = layer(*args)
+            if cache is not None:  # replaced layer by layer, so that no more than one layer is held twice
+                cache[i] = new
         return self.norm(x)
 
     @classmethod

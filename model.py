@@ -86,22 +86,23 @@ class CapeLLM(nn.Module):
         x = torch.cat((text[:, :1], image, text[:, 1:]), dim=1)  # (B, N + T, D) (equation 3)
         N = image.shape[1]
         positions, mask = (None, None) if conversation is None else separate(conversation, N)
-        hidden = self.llama(x, positions, mask)  # (B, N + T, D) (equation 4)
-        before, at = hidden[:, N:-1], hidden[:, N + 1:]  # of tokens 1 ... T-1: (B, T-1, D)
-        tokens, labels = tokens[:, 1:], labels[:, 1:]
 
         # One row of logits is a product with the whole vocabulary (equation 5), and nine positions in ten are
-        # photo and questions. So logits are made only where there is a label.
-        learned = labels != IGNORE
-        logits = self.llama.lm_head(before[learned]).float()  # (labels, vocabulary)
+        # photo and questions. So hidden states and logits are made only where there is a label. A <KEYPOINT>
+        # is read at its own position.
+        tokens, labels = tokens[:, 1:], labels[:, 1:]  # (B, T-1)
+        learned, pointed = labels != IGNORE, tokens == self.llama.config.vocab_size
+        before, at = F.pad(learned, (N, 1)), F.pad(pointed, (N + 1, 0))  # their positions: (B, N + T)
+        wanted = before | at
+        hidden = self.llama(x, positions, mask, wanted=wanted)  # (wanted positions, D) (equation 4)
+        logits = self.llama.lm_head(hidden[before[wanted]]).float()  # (labels, vocabulary)
         losses = F.cross_entropy(logits, labels[learned], reduction="none")
         owner = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)  # (B, T-1)
         if conversation is not None:
             owner = owner * (conversation.max() + 1) + conversation[:, 1:]
         owners = owner[learned]
         if points is not None:  # the loss of a <KEYPOINT> is its distance along x and along y, averaged
-            pointed = tokens == self.llama.config.vocab_size
-            distances = (self.keypoint_head(at[pointed].float()) - points).abs().mean(-1)
+            distances = (self.keypoint_head(hidden[at[wanted]].float()) - points).abs().mean(-1)
             losses, owners = torch.cat((losses, distances)), torch.cat((owners, owner[pointed]))
         n_labels = owners.bincount()
         return (losses / n_labels[owners]).sum() / (n_labels > 0).sum()

@@ -1,5 +1,7 @@
 """bench.py runs, and what it compares is really compared."""
 
+import json
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def model():
     return bench.build("tiny", "cpu", torch.float32)
 
 
-def test_it_prints_every_contest(capsys, monkeypatch):
+def test_it_prints_every_contest_and_writes_it_down(capsys, monkeypatch, tmp_path):
     def once(runners, repeats=1):
         for run in runners.values():
             run()
@@ -22,11 +24,19 @@ def test_it_prints_every_contest(capsys, monkeypatch):
 
     monkeypatch.setattr(bench, "race", once)
     monkeypatch.setattr(bench, "peak_memory", lambda run, *job: (1.0, 0.5))
-    bench.main(["--size", "tiny"])
+    bench.main(["--size", "tiny", "--json", str(tmp_path / "rows.json")])
     ways = [line[2:44].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ways and rows[0]["memory"] == [1.0, 0.5]
     assert ways.count(bench.OURS) == 1 + 3 + 2  # training, answering, cropping
     assert ways.count(bench.PEFT) == 1
     assert ways.count(bench.PLAIN) == ways.count(bench.PUBLISHED) == ways.count(bench.USED_WELL) == 3
+
+
+def test_noisy_rows_are_marked(capsys):
+    bench.print_rows("title", "photos", {bench.OURS: [1.0, 1.1, 1.2], bench.PEFT: [1.0, 1.1, 1.4]}, 1)
+    _, ours, noisy = capsys.readouterr().out.strip().splitlines()
+    assert "18% " in ours and "36%!" in noisy
 
 
 def test_contestants_agree(model):

@@ -14,6 +14,7 @@ from chat import AnswerFormat, Chat, spell
 from decode import (
     Conversations,
     Prediction,
+    answer_in_format,
     answer_plainly,
     answer_questions,
     locate,
@@ -156,18 +157,38 @@ def check_what_is_known(predictions, chat):
             assert p == Prediction(None, None, p.answer, None, None)
 
 
+@pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("n, passes", [(1, 3), (3, 7)])
 @torch.no_grad()
-def test_answers_in_the_format_take_one_pass_a_digit_and_few_logits(folder, n, passes):
+def test_answers_in_the_format_take_one_pass_a_digit_and_few_logits(folder, n, passes, constrained):
     model, images, questions = untrained(folder, [4, 3])
     chat = TinyChat(n)
     read, predicted = [], []
-    model.llama.norm.register_forward_hook(lambda *_: read.append(1))
+    model.llama.norm.register_forward_hook(lambda _, args, __: read.append(args[0].shape[:-1].numel()))
     model.llama.lm_head.register_forward_hook(
         lambda _, args, __: predicted.append(args[0].shape[:-1].numel()))
-    locate(model, images, questions, chat, constrained=True)
+    if constrained:
+        locate(model, images, questions, chat, constrained=True)
+    else:
+        conversations = read_photos(model, images, chat)
+        conversations.select([0, 0, 0, 0, 1, 1, 1])
+        answer_in_format(conversations, flat(questions), chat.coordinates)
     assert len(read) == passes  # the photos, then one a digit of x and y
-    assert sum(predicted) == 7 * chat.coordinates.max_tokens  # each token of an answer once, nothing else
+    if constrained:
+        assert sum(read) == 7 * 2 * n and not predicted  # the choices, from the digits' logits alone
+    else:  # each token of an answer once, nothing else
+        assert sum(read) == sum(predicted) == 7 * chat.coordinates.max_tokens
+
+
+@torch.no_grad()
+def test_constrained_or_not_an_answer_in_the_format_has_the_same_distributions(folder):
+    model, images, questions = untrained(folder, [1])
+    chat = TinyChat(3)
+    chat.learn(one_by_one(model, images, questions, chat)[0])
+    free, forced = (locate(model, images, questions, chat, constrained=c)[0][0] for c in (False, True))
+    assert free.answer == forced.answer
+    np.testing.assert_allclose(free.x, forced.x, atol=1e-6)
+    np.testing.assert_allclose(free.y, forced.y, atol=1e-6)
 
 
 @torch.no_grad()
@@ -234,16 +255,26 @@ def test_locate_reads_coordinates_in_the_way_asked_for(folder):
 
 
 @torch.no_grad()
-def test_mlps_skip_the_padding(folder):
+def test_nothing_is_computed_for_padding_nor_in_the_last_layer_for_tokens_nobody_asks_about(folder):
     model, images, questions = untrained(folder, [3, 2])
-    read = []
-    model.llama.layers[0].mlp.register_forward_hook(
-        lambda _, args, __: read.append(args[0].shape[:-1].numel()))
-    locate(model, images, questions, TinyChat(1), constrained=True)
+    first, *_, last = model.llama.layers
+    read = {}
+    for name, layer in (("q", first.self_attn.q_proj), ("k", first.self_attn.k_proj),
+                        ("v", first.self_attn.v_proj), ("o", first.self_attn.o_proj), ("mlp", first.mlp),
+                        ("last k", last.self_attn.k_proj), ("last o", last.self_attn.o_proj),
+                        ("last mlp", last.mlp), ("norm", model.llama.norm)):
+        read[name] = []
+        layer.register_forward_hook(
+            lambda _, args, __, name=name: read[name].append(args[0].shape[:-1].numel()))
+    locate(model, images, questions, TinyChat(1))
     photos = 2 * (1 + 16 + 1)
     up_to_x = sum(len(question) + 2 for question in flat(questions))  # with two known tokens
     up_to_y = 5 * (1 + 2)  # x, and two known tokens
-    assert read == [photos, up_to_x, up_to_y]
+    questions_again = sum(map(len, flat(questions)))  # an untrained network keeps to no format
+    for name in "q", "k", "v", "o", "mlp", "last k":
+        assert read[name][:4] == [photos, up_to_x, up_to_y, questions_again], name
+    for name in "last o", "last mlp", "norm":
+        assert read[name][:4] == [0, 5 * 3, 5 * 3, 5], name  # what predicts a known token or a choice
 
 
 @torch.no_grad()
@@ -286,10 +317,10 @@ def test_what_the_object_is_comes_first_in_the_models_own_words(folder, cumulati
     model, images, questions = untrained(folder, [2, 3])
     chat = TinyChat(3)
     chat.opening = [20, 21, 22]
-    passes = []
-    model.llama.norm.register_forward_hook(lambda _, args, __: passes.append(args[0].shape[:2]))
+    read = []
+    model.llama.layers[0].mlp.register_forward_hook(lambda _, args, __: read.append(args[0].shape[:-1]))
     found = locate(model, images, questions, chat, cumulative=cumulative)
-    assert passes[1] == (2, 3)  # the opening, a row each photo
+    assert read[:2] == [(2, 18), (2 * 3,)]  # two photos, then the opening's three tokens for each
 
     for image, asked, predictions in zip(model.see(images), questions, found, strict=True):
         start = describe(model, image, chat)
@@ -349,12 +380,11 @@ def test_a_row_that_leaves_the_format_forgets_what_it_read(folder):
     read = [before + len(question + tokens[:-1]) for question, tokens in zip(questions[0], expected)]
     assert fast.counts.sum(1).tolist() == read  # the last token is not read yet
     assert len(fast.cache) == len(model.llama.layers)
-    assert all(k.shape[2] == fast.counts.shape[1] for k, _ in fast.cache.values())
+    assert all(k.shape[2] == fast.counts.shape[1] - before for k, _ in fast.cache.values())
 
     blocks = [[*tokens[-1:], *question] for tokens, question in zip(expected, reversed(questions[0]))]
-    last = [len(block) - 1 for block in blocks]
-    states = fast.read(blocks)[range(5), last]
-    torch.testing.assert_close(states, plain.read(blocks)[range(5), last], atol=1e-5, rtol=1e-4)
+    states = fast.read(blocks)[:, 0]
+    torch.testing.assert_close(states, plain.read(blocks)[:, 0], atol=1e-5, rtol=1e-4)
     for question, tokens, block, state in zip(questions[0], expected, blocks, states):
         sequence = [chat.bos, *chat.newline, *question, *tokens[:-1], *block]
         alone = last_state(model, model.see(images)[0], sequence)
@@ -368,9 +398,37 @@ def test_a_row_split_in_two_is_two_conversations():
     conversations = Conversations(llama, embedded)
     conversations.select([1, 0, 1])
     states = conversations.read([a, b, b])
+    assert states.shape == (3, 1, 32)
     for row, (tokens, block) in enumerate([([7, 6, 5], a), (start, b), ([7, 6, 5], b)]):
         alone = llama(llama.embed_tokens(torch.tensor([tokens + block])))[0, -1]
-        torch.testing.assert_close(states[row, len(block) - 1], alone, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(states[row, 0], alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_hidden_states_are_of_the_last_tokens_of_blocks_that_are_not_empty():
+    llama, start = small_llama(), [5, 6, 7]
+    conversations = Conversations(llama, llama.embed_tokens(torch.tensor([start])))
+    conversations.select([0, 0, 0])
+    blocks = [[8, 9, 10], [], [11, 12]]
+    states = conversations.read(blocks, 2)
+    assert states.shape == (2, 2, 32)
+    for found, block in zip(states, (blocks[0], blocks[2])):
+        alone = llama(llama.embed_tokens(torch.tensor([start + block])))[0, -2:]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_conversations_begin_with_is_kept_once():
+    """However many go on from it: 50 here, which keep their own 2 slots each."""
+    llama = small_llama()
+    conversations = Conversations(llama, torch.randn(1, 40, 32))
+    conversations.select([0] * 50)
+    conversations.read([[5, 6]] * 50)
+    slot = 4 * 2 * (2 * 8) * 4  # layers; keys and values; two heads of 8; four bytes each
+    kept = [sum(tensor.nbytes for layer in cache.values() for tensor in layer)
+            for cache in (conversations.beginnings, conversations.cache)]
+    assert kept == [40 * slot, 50 * 2 * slot]
+    assert conversations.counts.shape == (50, 42)
 
 
 def small_llama(n_layers=4):
@@ -399,10 +457,11 @@ class WatchedCache(dict):
 @torch.no_grad()
 def test_no_more_than_one_layer_of_the_cache_is_held_twice(act):
     llama = small_llama()
-    conversations = Conversations(llama, torch.randn(2, 40, 32))
+    conversations = Conversations(llama, torch.randn(2, 1, 32))
+    conversations.read([[5] * 40, [6] * 40])
     conversations.cache = WatchedCache(conversations.cache)
     act(conversations)
-    slots = conversations.counts.numel()
+    slots = conversations.counts[:, 1:].numel()
     a_layer = slots * 2 * (2 * 8) * 4  # keys and values; two heads of 8; four bytes each
     held = sum(tensor.nbytes for layer in conversations.cache.values() for tensor in layer)
     assert held == 4 * a_layer

@@ -167,6 +167,23 @@ def test_checkpointing_activations_changes_no_gradient(authors):
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_the_last_layer_and_the_logits_are_made_only_where_there_is_a_label(authors):
+    """The published network's loss and gradients above are those of this shorter computation."""
+    model, expected = authors
+    *_, before, last = model.llama.layers
+    read, layers = {}, {"earlier": before.mlp, "o": last.self_attn.o_proj, "mlp": last.mlp,
+                        "norm": model.llama.norm, "logits": model.llama.lm_head}
+    hooks = [layer.register_forward_hook(
+        lambda _, args, __, name=name: read.update({name: args[0].shape[:-1].numel()}))
+        for name, layer in layers.items()]
+    model(expected["images"], expected["tokens"], expected["labels"])
+    for hook in hooks:
+        hook.remove()
+    B, T = expected["tokens"].shape
+    n_labels = (expected["labels"] != IGNORE).sum()
+    assert read == {"earlier": B * (256 + T), **dict.fromkeys(("o", "mlp", "norm", "logits"), n_labels)}
+
+
 # ------------------------------------------------------------------------------------------------- <KEYPOINT>
 
 KEYPOINT = 512  # the first token that the authors' toy network does not know

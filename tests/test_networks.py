@@ -108,31 +108,34 @@ def test_blocks_behind_a_cache_equal_one_pass(base):
 @pytest.mark.parametrize("skips_padding", [False, True])
 def test_padded_rows_of_different_lengths_share_a_prefix(base, skips_padding):
     """A photo's prefix of 7 runs once. Three questions of 5, 2 and 3 tokens behind it are padded to 5. Then
-    each row reads 2 more.
+    each row reads 2 more, of which one's hidden states are wanted.
     """
     prefix, questions, more = TOKENS[:1, :7], TOKENS[0, 7:22].view(3, 5), TOKENS[1, :6].view(3, 2)
     lengths = torch.tensor([5, 2, 3])
     is_real = torch.arange(5) < lengths[:, None]  # (3, 5)
     keys = F.pad(is_real, (7, 2), value=True)  # (3, 14): all but the padding of `questions`
     mask = torch.ones(14, 14, dtype=torch.bool).tril() & keys[:, None, None]  # (3, 1, 14, 14)
-    unpadded = is_real.flatten().nonzero()[:, 0] if skips_padding else None
+    real = is_real.nonzero(as_tuple=True) if skips_padding else None
     sizes = []  # how many positions the MLP saw
     base.layers[1].mlp.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel() // 64))
 
-    shared = {}
+    shared, cache = {}, {}
     base(base.embed_tokens(prefix), cache=shared)
-    cache = {i: (k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for i, (k, v) in shared.items()}
+    rows, x = torch.zeros(3, dtype=torch.long), base.embed_tokens(questions)  # all go on from its only row
     positions = (7 + torch.arange(5)).expand(3, -1)
-    first = base(base.embed_tokens(questions), positions, mask[:, :, 7:12, :12], cache, unpadded)
+    first = base(x[real] if real else x, positions, mask[:, :, 7:12, :12], cache, (shared, rows), real)
+    first = first if real else first[is_real]  # (10, D)
     positions = 7 + lengths[:, None] + torch.arange(2)
-    second = base(base.embed_tokens(more), positions, mask[:, :, 12:], cache)
-    assert sizes == [7, 10 if skips_padding else 15, 6]
+    x, one = base.embed_tokens(more), torch.tensor([[True, False]]).expand(3, 2)
+    second = base(x, positions, mask[:, :, 12:], cache, (shared, rows), wanted=one)  # (3, D)
+    assert sizes == [7, 10 if skips_padding else 15, 3]
     assert shared[0][0].shape == (1, 2, 7, 16)  # the photo's own cache is as it was
+    assert cache[0][0].shape == (3, 2, 5 + 2, 16)
 
     for row, n in enumerate(lengths):
         tokens = torch.cat([prefix[0], questions[row, :n], more[row]])
-        alone = base(base.embed_tokens(tokens)[None])[0, 7:]
-        close(torch.cat([first[row, :n], second[row]]), alone)
+        alone = base(base.embed_tokens(tokens)[None])[0, 7:-1]
+        close(torch.cat([first.split(lengths.tolist())[row], second[row:row + 1]]), alone)
 
 
 def test_checkpointed_activations_cost_a_second_pass_and_change_nothing(base):
