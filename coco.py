@@ -24,7 +24,7 @@ from pathlib import Path, PureWindowsPath
 from PIL import Image
 
 from common import InputError, read_json, run, write_json
-from data import UNREADABLE, make_instance, parse_descriptions, plain
+from data import MAX_PIXELS, UNREADABLE, make_instance, parse_descriptions, plain
 
 ORIENTATION = 0x0112  # the EXIF entry that says how a viewer turns a photo; 1 is not at all
 
@@ -53,7 +53,7 @@ def read_coco(path, images, texts=None, say=print):
     instances = []
     for annotation in labelled:
         photo = photos[annotation["image_id"]]
-        annotation = annotation | {"area": 1, "bbox": find_box(annotation, photo)}
+        annotation = annotation | {"area": 1, "bbox": [*find_box(annotation, photo)]}
         instances.append(make_instance(annotation, photo, parsed, path))
     instances = [instance for instance in instances if instance is not None]
     if left := len(annotations) - len(instances):
@@ -116,7 +116,7 @@ def check_annotation(annotation, photos, categories, path):
     for field in "keypoints", "bbox":
         numbers = annotation[field] = annotation.get(field) or []
         if not (isinstance(numbers, list)
-                and all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)):
+                and all(type(number) in (int, float) and abs(number) <= MAX_PIXELS for number in numbers)):
             raise InputError(f"{place}: {field} is not a list of numbers")
     values, K = annotation["keypoints"], len(categories[category_id]["keypoints"])
     if values and not K:
@@ -158,8 +158,8 @@ def read_headers(photos, images, path, say):
             if not photo.get(field):
                 if images is None:
                     raise InputError(f"{path}: {name} has no {field}; say with --images where the photo is")
-                photo[field] = size[k] if size else 1e9  # keep_readable() will not find it either
-            if type(photo[field]) not in (int, float) or not 0 < photo[field] <= 1e9:
+                photo[field] = size[k] if size else MAX_PIXELS  # keep_readable() will not find it either
+            if type(photo[field]) not in (int, float) or not 1 <= photo[field] <= MAX_PIXELS:
                 raise InputError(f"{path}: the {field} of {name} is not a number of pixels")
     if turned:
         say(f"warning: {len(turned)} photos have an EXIF orientation, e.g. {turned[0]}; it is ignored, so "

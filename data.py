@@ -50,11 +50,10 @@ def read_descriptions(path):
 
 def parse_descriptions(raw, path):
     """The contents of such a file -> {category id: Category}. path: where they are from, for messages."""
-    sets, categories = get_field(raw, "keypoint_sets", path, dict), {}
+    sets, categories = get_field(raw, "keypoint_sets", path, dict, 0), {}
     skeletons = get_field(raw, "skeletons", path, dict, 0) if "skeletons" in raw else {}
     for number, entry in get_field(raw, "categories", path, dict).items():
-        check(number, f"{path}: a category's id", str, 1, 18)
-        if not (number.isascii() and number.isdecimal() and number == str(int(number))):
+        if not re.fullmatch("0|-?[1-9][0-9]{,17}", number):
             raise InputError(f"{path}: {number!r} in categories is not an id, a whole number")
         name = get_field(entry, "name", path, str, 1, 1000, f" of category {number}")
         set_name = get_field(entry, "keypoint_set", path, str, of=f" of category {number}")
@@ -96,7 +95,8 @@ def read_instances(path, categories):
     raw, annotations = read_json(path), {}
     photos = by_id(raw, "images", "image", path)
     for number, annotation in by_id(raw, "annotations", "annotation", path).items():
-        image = get_field(annotation, "image_id", wrong(path), int, 0, MAX_ID, f" of annotation {number}")
+        of = f" of annotation {number}"
+        image = get_field(annotation, "image_id", wrong(path), int, -MAX_ID, MAX_ID, of)
         annotations.setdefault(image, []).append(annotation)
     n_unlisted = sum(len(annotations[image]) for image in annotations.keys() - photos.keys())
     if n_unlisted and os.environ.get("RANK", "0") == "0":
@@ -116,7 +116,7 @@ def by_id(raw, key, what, path):
     """A list of an annotation file -> {id: entry}. InputError if two have the same id."""
     entries = {}
     for entry in get_field(raw, key, wrong(path), list, 0, 10**7):
-        number = get_field(entry, "id", wrong(path), int, 0, MAX_ID, f" of an entry of {key}")
+        number = get_field(entry, "id", wrong(path), int, -MAX_ID, MAX_ID, f" of an entry of {key}")
         if number in entries:
             raise InputError(f"{path}: {what} {number} is listed twice")
         entries[number] = entry
@@ -156,7 +156,7 @@ def make_instance(annotation, photo, categories, path):
     """-> Instance; None for a crowd, if all keypoints are zeros, or if nothing of the box is in the photo."""
     number = annotation["id"]
     where, of, of_image = wrong(path), f" of annotation {number}", f" of image {photo['id']}"
-    category_id = get_field(annotation, "category_id", where, int, 0, MAX_ID, of)
+    category_id = get_field(annotation, "category_id", where, int, -MAX_ID, MAX_ID, of)
     x, y, w, h = get_field(annotation, "bbox", where, list, 4, 4, of)
     triples = get_field(annotation, "keypoints", where, list, 0, 3000, of)
     width, height = (get_field(photo, key, where, float, 1, MAX_PIXELS, of_image)

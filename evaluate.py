@@ -129,7 +129,7 @@ def read_predictions(path, instances, allow_missing):
     """A predictions.json -> points in the order of `instances`. Entries for other annotations are ignored."""
     wrong, points = f'{path}: not [{{"annotation_id": 7, "keypoints": [[x, y], ...]}}, ...]', {}
     for entry in check(read_json(path), f"{wrong}: it", list, 0, 10**7):
-        number = get_field(entry, "annotation_id", wrong, int, 0, MAX_ID)
+        number = get_field(entry, "annotation_id", wrong, int, -MAX_ID, MAX_ID)
         if number in points:
             raise InputError(f"{path}: annotation {number} is predicted twice")
         points[number] = [parse_point(point, f"{wrong}: annotation {number} has a point that")

@@ -791,7 +791,7 @@ def test_a_description_that_is_incomplete_is_named(tmp_path, entry, says):
     (dict(skeleton=[[0, -1]]), "index is -1"), (dict(skeleton=[[0, 1, 1]]), "not a list of 2"),
     (dict(skeleton="01"), "the skeleton of cup is '01', not a list"), (dict(set=[]), "a list of 1 to 1,000"),
     (dict(id="one"), "'one' in categories is not an id"), (dict(id="01"), "'01' in categories is not an id"),
-    (dict(id="-1"), "'-1' in categories is not an id"), (dict(category=3), "name of category 3 is 3"),
+    (dict(id="--1"), "'--1' in categories is not an id"), (dict(category=3), "name of category 3 is 3"),
 ], ids=str)
 def test_a_description_that_is_no_text_or_ambiguous_is_named(tmp_path, spoil, says):
     rim = {"name": spoil.get("name", "rim"), "description": spoil.get("description", "above")}
