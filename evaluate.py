@@ -9,6 +9,9 @@ report.json, predictions.json and predictions.png. Letters: P photos, K keypoint
 """
 
 import argparse
+import hashlib
+import json
+import os
 import random
 from collections import defaultdict
 from dataclasses import replace
@@ -20,8 +23,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from check import describe_shortfall
 from checkpoint import load_trained, read_checkpoint
-from common import InputError, natural, positive, read_json, run, silence_worker, start_processes, write_json
+from common import InputError, loader_options, natural, positive, read_json, run, start_processes, write_json
 from data import (
     crop_of,
     keep_readable,
@@ -31,7 +35,7 @@ from data import (
     read_instances,
     refuse_missing,
 )
-from decode import locate
+from decode import Prediction, locate
 from draw import draw_sheet
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
@@ -94,21 +98,33 @@ def make_report(instances, predicted, categories, annotations, protocol, **facts
 
     per_category = {f"{c} {categories[c].name}": means(shares[category_ids == c])
                     for c in dict.fromkeys(category_ids.tolist())}
-    return {**means(shares), "objects": len(instances), "protocol": protocol, **facts,
-            "per category": per_category}
+    return {**means(shares), "objects": len(instances), "keypoints": sum(map(len, predicted)),
+            "protocol": protocol, **facts, "per category": per_category}
 
 
 def print_report(report):
-    """Percent with two decimals: a line for each category, then the mean."""
+    """Percent with two decimals: a line for each category, then the mean, then how it was made."""
     columns = [*(f"PCK@{t:g}" for t in THRESHOLDS), "mPCK"]
     print(f"\n{'':28}" + "".join(f"{c:>10}" for c in columns))
     for name, row in {**report["per category"], f"{report['objects']} objects": report}.items():
         print(f"{name:28.28}" + "".join(f"{100 * row[c]:10.2f}" for c in columns))
-    print("\n" + ", ".join(f"{k}: {v}" for k, v in report.items() if k not in (*columns, "per category")))
+    facts = {k: v for k, v in report.items() if k not in (*columns, "per category")}
+    if "malformed" in facts:
+        facts["malformed"] = f"{facts['malformed']} of {facts['keypoints']}"
+    print("\n" + ", ".join(f"{k}: {v}" for k, v in facts.items()))
+    if report.get("malformed") == report["keypoints"]:
+        print("not one answer holds coordinates: is this checkpoint trained to the end, with these weights?")
+    left_out = report.get("without photo", 0) + report.get("without prediction", 0)
+    if left_out:
+        print(f"predicted {report['objects']} of {report['objects'] + left_out} objects: the others were left "
+              "out (--allow-missing) and do not count")
 
 
 def read_predictions(path, instances, allow_missing):
-    """A predictions.json -> points in the order of `instances`. Entries for other annotations are ignored."""
+    """A predictions.json -> points in the order of `instances`, None for one that is not predicted.
+
+    Entries for other annotations are ignored.
+    """
     raw, points = read_json(path), {}
     try:
         for entry in raw:
@@ -123,8 +139,10 @@ def read_predictions(path, instances, allow_missing):
         number, K = instance.annotation_id, len(instance.keypoints)
         if number not in points and not allow_missing:
             raise InputError(f"{path}: no prediction for annotation {number}; is it of this split? "
-                             "(--allow-missing counts misses)")
-        found = points.setdefault(number, [None] * K)
+                             "(--allow-missing leaves it out)")
+        found = points.setdefault(number, None)
+        if found is None:
+            continue
         if len(found) != K:
             raise InputError(f"{path}: annotation {number} has {len(found)} keypoints predicted, "
                              f"{K} annotated")
@@ -193,40 +211,140 @@ def make_batches(instances, n_questions):
     return batches
 
 
+def predict_within_memory(model, chat, crops, images, categories, **how):
+    """predict(), and where a GPU's memory does not suffice, for half of the photos and then the others."""
+    try:
+        return predict(model, chat, crops, images, categories, **how)
+    except torch.OutOfMemoryError:
+        if len(crops) == 1:
+            raise
+    torch.cuda.empty_cache()
+    n = len(crops) // 2
+    tqdm.write(f"out of memory with {len(crops)} photos: asks about {n} at a time (--batch makes batches smaller)")
+    halves = (crops[:n], images[:n], categories[:n]), (crops[n:], images[n:], categories[n:])
+    return [found for half in halves for found in predict_within_memory(model, chat, *half, **how)]
+
+
 def predict_instances(model, chat, instances, categories, batches, **how):
-    """Asks about batches of (index, image) -> {index: list of Predictions}, None for an unreadable photo."""
-    results = {}
+    """Asks about batches of (index, image) -> for each {index: Predictions}, None for an unreadable photo."""
     for batch in batches:
-        results.update({i: None for i, image in batch if image is None})
+        results = {i: None for i, image in batch if image is None}
         batch = [(i, image) for i, image in batch if image is not None]
         if batch:
             indices, images = zip(*batch)
-            found = predict(model, chat, [crop_of(instances[i]) for i in indices], torch.stack(images),
-                            [categories[instances[i].category_id] for i in indices], **how)
+            found = predict_within_memory(
+                model, chat, [crop_of(instances[i]) for i in indices], torch.stack(images),
+                [categories[instances[i].category_id] for i in indices], **how)
             for i, predictions in zip(indices, found):  # without the distributions, 16 kB a keypoint
                 results[i] = [replace(prediction, x=None, y=None) for prediction in predictions]
-    return results
+        yield results
 
 
-def ask_checkpoint(args, checkpoint, instances, categories, root):
-    """Shares out the photos between all processes -> what predict_instances() gives.
+def ask_together(model, chat, instances, categories, root, size, args, rank, world, kept=None, **how):
+    """Shares out the photos between all processes -> {index: Predictions or None}, the same in each process.
 
-    On every process but the first, None.
+    args: batch and workers. kept: a Partial, whose instances are not asked about again.
     """
-    rank, world, device = start_processes()
-    model, chat = load_trained(checkpoint, device, args.llm, args.vit)
-    check_decoding(chat, args.decode, args.constrained)
-    loader = DataLoader(Photos(instances, root, checkpoint["args"]["image_size"]), collate_fn=list,
-                        batch_sampler=make_batches(instances, args.batch)[rank::world],
-                        num_workers=args.workers, worker_init_fn=silence_worker)
-    results = predict_instances(
-        model, chat, instances, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True),
-        constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
+    results = dict(kept.results) if kept else {}
+    batches = [[i for i in batch if i not in results]
+               for batch in make_batches(instances, args.batch)[rank::world]]
+    loader = DataLoader(Photos(instances, root, size), collate_fn=list,
+                        batch_sampler=[batch for batch in batches if batch], **loader_options(args.workers))
+    progress = tqdm(loader, disable=rank > 0, dynamic_ncols=True, leave=kept is not None)
+    for found in predict_instances(model, chat, instances, categories, progress, **how):
+        results |= found
+        if kept:
+            kept.write(found)
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, results)
         results = {i: found for part in gathered for i, found in part.items()}
+    return results
+
+
+class Partial:
+    """The predictions of an evaluation that is not finished, in partial-RANK.jsonl where its results will be.
+
+    A line is {"key", "instance": its index, "found": [[point, confidence, answer], ...]}. It counts only for
+    the same `key`, which stands for everything that the answers depend on.
+    """
+
+    def __init__(self, folder, key, rank):
+        self.folder, self.key, self.results = folder, key, {}
+        self.path = folder / f"partial-{rank}.jsonl"
+        for path in sorted(folder.glob("partial-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                self.take(line)
+
+    def take(self, line):
+        try:
+            entry = json.loads(line)
+            if entry["key"] == self.key:
+                self.results[entry["instance"]] = [
+                    Prediction(point and tuple(point), confidence, answer, None, None)
+                    for point, confidence, answer in entry["found"]]
+        except (ValueError, TypeError, KeyError):  # cut off when the process was killed
+            pass
+
+    def write(self, found):
+        lines = [{"key": self.key, "instance": i, "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
+                 for i, of_photo in found.items() if of_photo]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(f"\n{json.dumps(line)}" for line in lines))
+        except OSError as e:
+            raise InputError(f"{self.path}: cannot be written ({e})") from None
+
+
+def identify(args, instances, categories):
+    """A text that stands for all that an evaluation's answers depend on, but for the photos."""
+    weights = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    asked = [(o.annotation_id, o.photo, o.box, categories[o.category_id].keypoints) for o in instances]
+    how = (args.data, args.llm, args.vit, args.constrained, args.cumulative, args.decode)
+    return hashlib.sha256(repr((weights, asked, how)).encode()).hexdigest()
+
+
+def ask_checkpoint(args, checkpoint, instances, categories, root):
+    """Asks a checkpoint's network about all instances, but for those of an evaluation that was stopped.
+
+    -> {index: Predictions or None}; on every process but the first, None.
+    """
+    rank, world, device = start_processes()
+    model, chat = load_trained(checkpoint, device, args.llm, args.vit)
+    check_decoding(chat, args.decode, args.constrained)
+    kept = Partial(find_folder(args), identify(args, instances, categories), rank)
+    if kept.results and rank == 0:
+        print(f"goes on with {len(kept.results)} of {len(instances)} objects done")
+    results = ask_together(
+        model, chat, instances, categories, root, checkpoint["args"]["image_size"], args, rank, world, kept,
+        constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
     return results if rank == 0 else None
+
+
+class Validation:
+    """What train.py --validate measures: PCK@0.2 of the same 100 objects of the split's validation set."""
+
+    def __init__(self, args, chat, categories, rank, world):
+        self.args, self.chat, self.categories, self.rank, self.world = args, chat, categories, rank, world
+        annotations = Path(args.data, "annotations", f"mp100_split{args.split}_val.json")
+        instances = read_instances(annotations, categories)
+        instances = random.Random(0).sample(instances, min(100, len(instances)))
+        self.instances = keep_readable(instances, args.data, categories, args.allow_missing)
+
+    def measure(self, model):
+        """-> PCK@0.2 and the number of objects, in every process. Training's random numbers are untouched."""
+        model.eval()
+        how = argparse.Namespace(batch=16, workers=self.args.workers)
+        results = ask_together(model, self.chat, self.instances, self.categories, self.args.data,
+                               self.args.image_size, how, self.rank, self.world)
+        model.train()
+        read = [(self.instances[i], results[i]) for i in sorted(results) if results[i]]
+        if not read:
+            raise InputError(f"{self.args.data}/images: no readable photos to validate on")
+        instances, found = zip(*read)
+        shares = pck_of_queries(instances, [[p.point for p in of_photo] for of_photo in found])
+        return shares.mean(0)[THRESHOLDS.index(0.2)].item(), len(read)
 
 
 # --------------------------------------------------------------------------------------------------- program
@@ -284,15 +402,29 @@ def main(argv):
     instances = read_instances(annotations, categories)
     if not instances:
         raise InputError(f"{annotations}: no object to evaluate")
+    if (shortfall := describe_shortfall(annotations)) and os.environ.get("RANK", "0") == "0":
+        print(shortfall)
     facts = {"split": split, "subset": args.subset, **({"cumulative": True} if args.cumulative else {})}
     if args.score:
         predicted = read_predictions(args.score, instances, args.allow_missing)
+        known = [i for i, points in enumerate(predicted) if points is not None]
+        if not known:
+            raise InputError(f"{args.score}: no prediction for any object of {annotations}")
+        if len(known) < len(instances):
+            facts["without prediction"] = len(instances) - len(known)
+        instances, predicted = [instances[i] for i in known], [predicted[i] for i in known]
         report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
         print_report(report)
         if args.report:
             write_json(args.report, report)
     else:
         evaluate_checkpoint(args, checkpoint, instances, categories, root, annotations, facts)
+
+
+def find_folder(args):
+    """Where the results of a checkpoint go."""
+    folder = Path(args.checkpoint).parent
+    return Path(args.out or (folder if args.subset == "test" else folder / args.subset))
 
 
 def evaluate_checkpoint(args, checkpoint, instances, categories, root, annotations, facts):
@@ -313,14 +445,15 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, root, annotatio
     facts["without photo"] = n_annotated - len(instances)
     report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
     print_report(report)
-    folder = Path(args.checkpoint).parent
-    out = Path(args.out or (folder if args.subset == "test" else folder / args.subset))
+    out = find_folder(args)
     write_json(args.report or out / "report.json", report)
     write_json(out / "predictions.json", [
         {"annotation_id": instance.annotation_id, "keypoints": points,
          "confidence": [p.confidence and round(p.confidence, 2) for p in of_photo]}
         for instance, points, of_photo in zip(instances, predicted, predictions)])
     draw_sheet(out / "predictions.png", instances, predicted, categories, root)
+    for path in out.glob("partial-*.jsonl"):
+        path.unlink()
     print(f"wrote {out}/report.json, predictions.json, predictions.png")
 
 

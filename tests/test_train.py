@@ -539,7 +539,8 @@ def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(argume
 
 def test_a_projection_of_another_width_is_refused(arguments, tmp_path):
     weights = {"projection.weight": torch.zeros(9, 9), "projection.bias": torch.zeros(9)}
-    torch.save({"args": {}, "descriptions": {}, "model": weights, "optimizer": {}, "step": 1}, tmp_path / "wide.pt")
+    contents = {"args": {}, "descriptions": {}, "model": weights, "optimizer": {}, "step": 1}
+    torch.save(contents, tmp_path / "wide.pt")
     line = refused(train, arguments("--init", tmp_path / "wide.pt"))
     assert "wide.pt: weight is (9, 9) in the checkpoint, (32, 32) here" in line
 
@@ -587,7 +588,7 @@ def test_checkpoints_are_not_overwritten_nor_mixed_up(arguments, trained, shared
     other = tmp_path / "other" / "ckpt.pt"
     assert str(path) in refused(train, ["--resume", other, "--epochs", 2, "--out", path.parent])
     three_layers_not_two = shared / "parity" / "llama31" / "vit"
-    line = refused(train, ["--resume", path, "--vit", three_layers_not_two])
+    line = refused(train, ["--resume", path, "--epochs", 2, "--vit", three_layers_not_two])
     assert "lacks 4 trained tensors" in line and "llama31/vit" in line
     assert path.read_bytes() == good
 
@@ -619,7 +620,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(arguments, tmp_path, monke
     line = refused(train, arguments("--save-every", 1))
     assert error.args[-1] in line and str(tmp_path / "run" / "ckpt.pt") in line
     assert read_checkpoint(tmp_path / "run")["step"] == 2
-    assert len(list((tmp_path / "run").iterdir())) == 1
+    assert not list((tmp_path / "run").glob("*.part"))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
