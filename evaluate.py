@@ -116,7 +116,7 @@ def print_report(report):
         print("not one answer holds coordinates: is this checkpoint trained to the end, with these weights?")
     left_out = report.get("without photo", 0) + report.get("without prediction", 0)
     if left_out:
-        print(f"predicted {report['objects']} of {report['objects'] + left_out} objects: the others were left "
+        print(f"predicted {report['objects']} of {report['objects'] + left_out} objects: others were left "
               "out (--allow-missing) and do not count")
 
 
@@ -220,7 +220,7 @@ def predict_within_memory(model, chat, crops, images, categories, **how):
             raise
     torch.cuda.empty_cache()
     n = len(crops) // 2
-    tqdm.write(f"out of memory with {len(crops)} photos: asks about {n} at a time (--batch makes batches smaller)")
+    tqdm.write(f"out of memory with {len(crops)} photos at a time: goes on with {n} (--batch says how many)")
     halves = (crops[:n], images[:n], categories[:n]), (crops[n:], images[n:], categories[n:])
     return [found for half in halves for found in predict_within_memory(model, chat, *half, **how)]
 
@@ -287,7 +287,8 @@ class Partial:
             pass
 
     def write(self, found):
-        lines = [{"key": self.key, "instance": i, "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
+        lines = [{"key": self.key, "instance": i,
+                  "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
                  for i, of_photo in found.items() if of_photo]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -297,11 +298,13 @@ class Partial:
             raise InputError(f"{self.path}: cannot be written ({e})") from None
 
 
-def identify(args, instances, categories):
-    """A text that stands for all that an evaluation's answers depend on, but for the photos."""
+def identify(args, instances, categories, root):
+    """A text that stands for all that an evaluation's answers depend on; of photos, size and date."""
     weights = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
-    asked = [(o.annotation_id, o.photo, o.box, categories[o.category_id].keypoints) for o in instances]
-    how = (args.data, args.llm, args.vit, args.constrained, args.cumulative, args.decode)
+    photos = {photo: Path(root, "images", photo).stat() for photo in {o.photo for o in instances}}
+    asked = [(o.annotation_id, o.box, categories[o.category_id].keypoints, o.photo, photos[o.photo].st_size,
+              photos[o.photo].st_mtime_ns) for o in instances]
+    how = (args.llm, args.vit, args.constrained, args.cumulative, args.decode)
     return hashlib.sha256(repr((weights, asked, how)).encode()).hexdigest()
 
 
@@ -313,7 +316,7 @@ def ask_checkpoint(args, checkpoint, instances, categories, root):
     rank, world, device = start_processes()
     model, chat = load_trained(checkpoint, device, args.llm, args.vit)
     check_decoding(chat, args.decode, args.constrained)
-    kept = Partial(find_folder(args), identify(args, instances, categories), rank)
+    kept = Partial(find_folder(args), identify(args, instances, categories, root), rank)
     if kept.results and rank == 0:
         print(f"goes on with {len(kept.results)} of {len(instances)} objects done")
     results = ask_together(

@@ -121,7 +121,7 @@ def build_parser():
     add("--save-every", type=positive, default=100, help="steps between checkpoints")
     add("--log-every", type=positive, default=1, help="steps between lines on the screen; log.jsonl has all")
     add("--validate", type=natural, default=0, metavar="N", help="steps between "
-        "measurements of PCK@0.2 on 100 objects of the split's validation set; best.pt is the best checkpoint")
+        "measurements of PCK@0.2 on 100 objects of the validation set; best.pt is the best checkpoint")
     return parser
 
 
@@ -301,9 +301,9 @@ def refuse_step(done, loss, norm, examples, log):
     shown = list(dict.fromkeys(f"{e.instance.annotation_id} ({e.instance.photo})" for e in examples))
     log.write(step=done, error=f"loss {loss:g}, |grad| {norm:g}", annotations=shown)
     more = f" and {len(shown) - 3} more in log.jsonl" if len(shown) > 3 else ""
-    raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}, at annotations {', '.join(shown[:3])}{more}"
-                     "; the checkpoint of an earlier step was not touched; start again with a lower --lr or "
-                     "with --clip 1")
+    raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}, at annotations "
+                     f"{', '.join(shown[:3])}{more}; the checkpoint of an earlier step was not touched; "
+                     "start again with a lower --lr or with --clip 1")
 
 
 def describe_parameters(model, say):

@@ -653,7 +653,7 @@ def test_a_checkpoint_with_another_optimizer_is_not_resumed(arguments, trained, 
     checkpoint = trained("--epochs", 1)
     checkpoint["optimizer"]["param_groups"].pop()
     torch.save(checkpoint, path := tmp_path / "run/ckpt.pt")
-    assert f"{path}: its optimizer is not of such a run" in refused(train, ["--resume", path])
+    assert f"{path}: its optimizer is not of such a run" in refused(train, ["--resume", path, "--epochs", 2])
 
 
 def test_workers_do_not_print_the_traceback_of_a_broken_connection(trained, tmp_path):
