@@ -411,7 +411,7 @@ def train(args, data, checkpoint, step, epoch_steps, rank, world, device, say):
     validation = Validation(args, chat, categories, rank, world) if args.validate else None
     lock = lock_folder(path.parent, args.fresh) if rank == 0 else None  # held until this function ends
     log = Log(path.parent if lock else None, step)
-    check_briefly(args, say)
+    check_briefly(args)
     model, optimizer = load_network(args, checkpoint, device)
     say(f"{len(instances)} objects of {len({o.category_id for o in instances})} categories, "
         f"{steps} steps in {args.epochs} epochs")

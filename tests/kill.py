@@ -29,8 +29,9 @@ TOY = ROOT / "assets/toy"
 
 
 def start(folder, name, launcher):
-    command = [sys.executable, *launcher, "train.py", "--data", folder / "data", "--descriptions",
-               folder / "descriptions.json", "--llm", TOY / "llm", "--vit", TOY / "vit", "--image-size", "112",
+    command = [sys.executable, *launcher, "train.py", "--data", folder / "data",
+               "--descriptions", folder / "descriptions.json",
+               "--llm", TOY / "llm", "--vit", TOY / "vit", "--image-size", "112",
                "--batch", "8", "--micro-batch", "4", "--epochs", "3", "--warmup", "0.1", "--save-every", "1",
                "--workers", "1", "--out", folder / name]
     with open(folder / f"{name}.txt", "a") as log:
@@ -77,9 +78,9 @@ def kill_once(folder, name, launcher, seconds, straight):
         program = start(folder, name, launcher)
     code = program.wait()
     end = read(folder, name)
-    same = code == 0 and end.keys() == straight.keys() and all(torch.equal(end[k], straight[k]) for k in straight)
     lines = (folder / name / "log.jsonl").read_text().splitlines()
-    same = same and len(lines) == straight["step"]
+    same = code == 0 and len(lines) == straight["step"] and end.keys() == straight.keys()
+    same = same and all(torch.equal(end[key], straight[key]) for key in straight)
     said = [line for line in (folder / f"{name}.txt").read_text().splitlines() if line.startswith("goes on")]
     print(f"{name}: {'the same' if same else 'NOT the same'}; {said[-1:]} {left or ''}", flush=True)
     return same
@@ -93,8 +94,8 @@ def main(kills):
         seconds = measure(start(folder, kind, launcher), folder, kind)
         straight = read(folder, kind)
         same = [kill_once(folder, f"{kind}-{i}", launcher, seconds, straight) for i in range(n)]
-        print(f"{kind}: {sum(same)} of {n} runs end as the straight one, which takes {straight['step']} steps "
-              f"and {seconds:.0f} s", flush=True)
+        print(f"{kind}: {sum(same)} of {n} runs end as the straight one ("
+              f"{straight['step']} steps, {seconds:.0f} s)", flush=True)
     print(folder)
 
 
