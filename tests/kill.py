@@ -9,6 +9,7 @@ run's bit by bit. Takes about half a minute a kill on two cores; Linux only. The
 (test_checkpoint.py); this is for the rest.
 """
 
+import json
 import os
 import random
 import signal
@@ -32,7 +33,7 @@ def start(folder, name, launcher):
     command = [sys.executable, *launcher, "train.py", "--data", folder / "data",
                "--descriptions", folder / "descriptions.json",
                "--llm", TOY / "llm", "--vit", TOY / "vit", "--image-size", "112",
-               "--batch", "8", "--micro-batch", "4", "--epochs", "3", "--warmup", "0.1", "--save-every", "1",
+               "--batch", "4", "--micro-batch", "2", "--epochs", "3", "--warmup", "0.1", "--save-every", "1",
                "--workers", "1", "--out", folder / name]
     with open(folder / f"{name}.txt", "a") as log:
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log,
@@ -45,17 +46,11 @@ def children_of(pid):
             if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def wait_for_start(program, folder, name):
-    while not (folder / name / "log.jsonl").exists() and program.poll() is None:
-        time.sleep(0.01)
-
-
-def measure(program, folder, name):
-    """-> seconds from when training begins to the end."""
-    wait_for_start(program, folder, name)
-    began = time.time()
-    assert program.wait() == 0, (folder / f"{name}.txt").read_text()[-3000:]
-    return time.time() - began
+def wait_for_step(step, program, folder, name):
+    """Until so many steps are in the log."""
+    log = folder / name / "log.jsonl"
+    while program.poll() is None and not (log.exists() and log.read_text().count("\n") >= step):
+        time.sleep(0.005)
 
 
 def read(folder, name):
@@ -65,9 +60,9 @@ def read(folder, name):
 
 
 def kill_once(folder, name, launcher, seconds, straight):
-    """Whether a run that is killed after up to `seconds` ends as the straight one."""
-    program = start(folder, name, launcher)
-    wait_for_start(program, folder, name)
+    """Whether a run that is killed somewhere ends as the straight one, whose steps take `seconds` each."""
+    program, step = start(folder, name, launcher), random.randrange(straight["step"].item())
+    wait_for_step(step, program, folder, name)
     time.sleep(random.uniform(0, seconds))
     victims = children_of(program.pid) if launcher else [program.pid]
     if program.poll() is None and victims:
@@ -82,20 +77,23 @@ def kill_once(folder, name, launcher, seconds, straight):
     same = code == 0 and len(lines) == straight["step"] and end.keys() == straight.keys()
     same = same and all(torch.equal(end[key], straight[key]) for key in straight)
     said = [line for line in (folder / f"{name}.txt").read_text().splitlines() if line.startswith("goes on")]
-    print(f"{name}: {'the same' if same else 'NOT the same'}; {said[-1:]} {left or ''}", flush=True)
+    print(name, f"killed after step {step}:", "the same" if same else "NOT the same", said[-1:], left or "",
+          flush=True)
     return same
 
 
 def main(kills):
     folder = Path(tempfile.mkdtemp())
-    draw_toy(folder, 0, {"train": (4, 6), "val": (1, 1), "test": (1, 1)})
+    draw_toy(folder, 0, {"train": (2, 4), "val": (1, 1), "test": (1, 1)})
     random.seed(0)
     for kind, launcher, n in ("alone", [], kills), ("torchrun", TORCHRUN, -(-kills // 3)):
-        seconds = measure(start(folder, kind, launcher), folder, kind)
+        program = start(folder, kind, launcher)
+        assert program.wait() == 0, (folder / f"{kind}.txt").read_text()[-3000:]
         straight = read(folder, kind)
+        lines = [json.loads(line) for line in (folder / kind / "log.jsonl").read_text().splitlines()]
+        seconds = lines[-1]["seconds"]
         same = [kill_once(folder, f"{kind}-{i}", launcher, seconds, straight) for i in range(n)]
-        print(f"{kind}: {sum(same)} of {n} runs end as the straight one ("
-              f"{straight['step']} steps, {seconds:.0f} s)", flush=True)
+        print(f"{kind}: {sum(same)} of {n} runs end as the straight one, of {len(lines)} steps", flush=True)
     print(folder)
 
 
