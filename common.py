@@ -39,7 +39,7 @@ class InputError(Exception):
 
 def run(main):
     """Runs a program. What the user can fix is one line on stderr; defects crash with their traceback."""
-    if os.environ.get("RANK", "0") != "0":  # the usage is printed once, by the first process
+    if "RANK" in os.environ:  # torchrun: the usage, printed by every process, would bury the error
         argparse.ArgumentParser.error = raise_input_error
     try:
         main(sys.argv[1:])

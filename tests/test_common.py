@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -113,6 +114,36 @@ def test_one_of_several_processes_ends_at_once_and_what_it_printed_is_kept(monke
     assert exit_code.value.args == (2,)
     assert printed.getvalue() == b"step 5\n"
     assert capsys.readouterr().err == "error: a.json: no such file\n"
+
+
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--micro-batch"),
+    (RuntimeError("DataLoader timed out after 300 seconds"), "--workers 0"),
+    (OSError(28, "No space left on device"), "/dev/shm, which --workers 0 does without"),
+    (RuntimeError("[gloo/pair.cc:1] Connection closed by peer [127.0.0.1]:1"), "lost the connection"),
+    (RuntimeError("Timed out waiting 1800000ms for recv operation"), "has not answered for 0:30:00"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None), (OSError(2, "No such file"), None)])
+def test_errors_of_torch_that_are_no_defects_are_explained(error, line):
+    said = common.explain(error)
+    assert said is None if line is None else line in said and "\n" not in said
+
+
+def test_under_torchrun_the_first_process_speaks_and_the_report_repeats_it(monkeypatch, capsys, tmp_path):
+    """The other processes wait first, so that torchrun may end them. Wrong arguments are as short."""
+    waited = []
+    monkeypatch.setattr(common.time, "sleep", waited.append)
+    parser = argparse.ArgumentParser
+    monkeypatch.setattr(parser, "error", parser.error)  # so that it is put back
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank, waits in ("0", []), ("1", [10]):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            start(monkeypatch, lambda argv: parser().parse_args(argv))
+        assert end.value.code == 2 and waited == waits
+        assert capsys.readouterr().err == "error: unrecognized arguments: a b\n"
+    written = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert written["message"] == "error: unrecognized arguments: a b"
+    assert written["extraInfo"]["timestamp"] > 1e9
 
 
 @pytest.mark.parametrize("text, is_natural, is_positive", [

@@ -477,6 +477,68 @@ def test_a_file_without_instances_is_refused(checkpoint, tmp_path):
     assert f"{path}: no object to evaluate" in refused(evaluate, [checkpoint / "ckpt.pt", "--data", data])
 
 
+def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch, capsys):
+    """To the same bytes, asking what is left; another question asks everything."""
+    evaluated("--constrained")
+    expected, asked, ask = contents_of(tmp_path / "out"), [], evaluate.predict
+
+    def stop_at_third(model, chat, crops, *rest, **how):
+        asked.append(len(crops))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return ask(model, chat, crops, *rest, **how)
+    monkeypatch.setattr(evaluate, "predict", stop_at_third)
+    options = ["--constrained", "--batch", 5]
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(*options, "--report", tmp_path / "elsewhere.json")
+    [partial] = (tmp_path / "out").glob("partial-*.jsonl")
+    partial.write_text(partial.read_text() + '\n{"key": "')  # cut off
+    evaluated(*options)
+    assert asked == [1, 1, 1, 1, 1, 1, 1] and "goes on with 2 of 6 objects" in capsys.readouterr().out
+    assert contents_of(tmp_path / "out") == expected
+    assert not list((tmp_path / "out").glob("partial-*.jsonl"))
+
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(*options)
+    evaluated("--batch", 5)
+    assert asked == [1, 1, 1, *6 * [1]]
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_halved(
+        evaluated, checkpoint, tmp_path, monkeypatch, capsys):
+    evaluated("--constrained")
+    expected, ask = contents_of(tmp_path / "out"), evaluate.predict
+
+    def ask_little(model, chat, crops, *rest, **how):
+        if len(crops) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        return ask(model, chat, crops, *rest, **how)
+    monkeypatch.setattr(evaluate, "predict", ask_little)
+    room = 2
+    evaluated("--constrained")
+    assert contents_of(tmp_path / "out") == expected
+    assert "out of memory with 6 photos at a time: goes on with 3" in capsys.readouterr().out
+    room = 0
+    line = refused(evaluate, [checkpoint / "ckpt.pt", "--out", tmp_path / "none", "--workers", 0])
+    assert "CUDA out of memory" in line and "--batch" in line
+
+
+def test_weights_that_are_no_numbers_are_one_line(checkpoint, tmp_path):
+    contents = torch.load(checkpoint / "ckpt.pt", weights_only=True)
+    contents["model"]["projection.bias"][3] = float("nan")
+    torch.save(contents, tmp_path / "nan.pt")
+    line = refused(evaluate, [tmp_path / "nan.pt"])
+    assert "projection.bias" in line and "training diverged" in line
+
+
+def test_a_model_without_one_answer_is_warned_of(evaluated, capsys):
+    report, _ = evaluated()
+    assert report["malformed"] == report["keypoints"] == 24
+    said = capsys.readouterr().out
+    assert "malformed: 24 of 24" in said and "not one answer holds coordinates" in said
+
+
 # ---------------------------------------------------------------------------------------- predictions, scored
 
 
@@ -488,6 +550,16 @@ def scoring(checkpoint, tmp_path):
         path.write_text(json.dumps(predictions))
         return ["--score", path, "--data", data, "--descriptions", data / "descriptions.json"]
     return make
+
+
+def test_objects_without_prediction_are_left_out_by_permission_and_counted(scoring, tmp_path, capsys):
+    good = [{"annotation_id": 100 + i, "keypoints": [[1.0, 2]] * K} for i, K in enumerate([5, 3] * 3)]
+    report = tmp_path / "report.json"
+    evaluate.main(command_line(*scoring(good[:2]), "--allow-missing", "--report", report))
+    assert "predicted 2 of 6 objects: others were left out" in capsys.readouterr().out
+    written = json.loads(report.read_text())
+    assert (written["objects"], written["without prediction"], written["keypoints"]) == (2, 4, 8)
+    assert "no prediction for any object" in refused(evaluate, [*scoring([]), "--allow-missing"])
 
 
 def replace_point(predictions, point):
