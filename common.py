@@ -87,7 +87,8 @@ def end_with(line):
     once; the others wait before they do, and torchrun ends them meanwhile. Its report repeats the line.
     """
     if "--workers 0" in line:  # those that are left may hang, and would hold up the end
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them, too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them, too,
+        sys.unraisablehook = lambda *_: None  # and its own half-made iterator
         for worker in multiprocessing.active_children():
             worker.kill()
     sys.stdout.flush()

@@ -258,7 +258,7 @@ def fit(model, optimizer, batches, first_step, steps, args, log, save, validate,
     """
     learner = model
     if world > 1:
-        learner = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
+        learner = DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     with Stop() as stop, tqdm(total=steps, initial=first_step, disable=rank > 0, dynamic_ncols=True) as bar:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from programs import (
     to_train,
 )
 
+import common
 import train
 from checkpoint import lock_folder
 from common import InputError, Stop
@@ -111,6 +113,24 @@ def test_two_processes_stop_after_the_same_step_if_one_gets_the_signal(arguments
     said = in_two_processes(main, arguments(), tmp_path)
     assert "stopped after step 3 of 8" in said[0] and "stopped" not in said[1]
     assert read_checkpoint(tmp_path / "run")["step"] == 3
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(arguments, tmp_path):
+    def main(argv):
+        add = train.add_gradients
+
+        def hang(model, learner, loader, step, *rest):
+            if step == 2 and os.environ["RANK"] == "1":
+                time.sleep(6)
+            return add(model, learner, loader, step, *rest)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as error:
+            patch.setattr(common, "PATIENCE", timedelta(seconds=3))
+            patch.setattr(train, "add_gradients", hang)
+            train.main(argv)
+        print(common.explain(error.value))  # with the usual patience again
+    said = in_two_processes(main, arguments(), tmp_path)
+    assert "another process has not answered for 0:30:00" in said[0]
+    assert read_checkpoint(tmp_path / "run")["step"] == 2
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_end(arguments, tmp_path):

@@ -702,6 +702,7 @@ class Unsendable:
 def test_a_worker_that_is_lost_is_one_line_that_names_the_way_out(arguments, monkeypatch, how):
     """It kills itself, or cannot send what it has read, since /dev/shm is full."""
     before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # so that it is put back
     fail = {"killed": lambda _: os.kill(os.getpid(), signal.SIGKILL), "full": lambda _: Unsendable()}
     monkeypatch.setattr(train, "collate", fail[how])
     line = refused(train, arguments("--workers", 1))
