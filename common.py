@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from multiprocessing.queues import Queue
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
+PATIENCE = timedelta(minutes=10)  # with another process, before it counts as lost
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
         "recvBytes", "sendBytes", "failed to recv")  # how gloo and NCCL say so
 PATIENCE_WITH_PHOTOS = 300  # seconds that a worker may take to read a micro-batch
@@ -111,7 +112,8 @@ class Stop:
 
     def __enter__(self):
         self.signal, self.before = 0, {}
-        for number in signal.SIGINT, signal.SIGTERM:
+        is_main = threading.current_thread() is threading.main_thread()  # which alone gets signals
+        for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():
             if (handler := signal.getsignal(number)) != signal.SIG_IGN:
                 self.before[number] = handler or signal.SIG_DFL
                 signal.signal(number, self.note)
