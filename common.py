@@ -171,8 +171,25 @@ def start_processes():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE, **find_meeting_place())
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def find_meeting_place():
+    """Options of init_process_group() for processes that torchrun has started again, else none.
+
+    They would find each other's addresses where torchrun keeps them, but also those of the processes before,
+    and would now and then wait for these. On several machines, whose counts of restarts may differ, the
+    environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does the same.
+    """
+    env = os.environ
+    count = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
+        return {}
+    rank, world, port = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    store = dist.TCPStore(env["MASTER_ADDR"], port, world, is_master=False, timeout=PATIENCE)
+    return {"store": dist.PrefixStore(f"restart {count}", store), "rank": rank, "world_size": world}
 
 
 def loader_options(workers):
