@@ -111,7 +111,12 @@ def build_parser():
     add("--pretrain", choices=PRETRAINING,
         help="Table 9: train the projection alone, to name the keypoint at a point")
     add("--seed", type=natural, default=42)
-    add = parser.add_argument_group("running").add_argument
+    add_running(parser.add_argument_group("running").add_argument)
+    return parser
+
+
+def add_running(add):
+    """The arguments that say how a training runs, not what is learned, but for --pack."""
     add("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch "
         "then counts photos, and all keypoints of a photo are in the same step and crop")
     add("--checkpoint-activations", action="store_true",
@@ -122,7 +127,6 @@ def build_parser():
     add("--log-every", type=positive, default=1, help="steps between lines on the screen; log.jsonl has all")
     add("--validate", type=natural, default=0, metavar="N", help="steps between "
         "measurements of PCK@0.2 on 100 objects of the validation set; best.pt is the best checkpoint")
-    return parser
 
 
 def parse_arguments(argv):
