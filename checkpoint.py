@@ -1,4 +1,4 @@
-"""What a training run leaves, and how a network is made of it.
+"""What a training run leaves, how it goes on from there, and how a network is made of it.
 
 A checkpoint holds the run's arguments, its descriptions of all keypoints, the trained weights, the
 optimizer's state, and how many steps are done. Frozen weights stay where they were published.
@@ -6,6 +6,7 @@ optimizer's state, and how many steps are done. Frozen weights stay where they w
 
 import argparse
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -19,6 +20,13 @@ MAX_IMAGE_SIZE = 2048  # pixels a side; making such a crop takes up to 268 MB
 MAX_SEED = 10**18
 CHOICES = {"tune_vit": ("frozen", "lora", "full"), "tune_llm": ("frozen", "lora", "full"),
            "answer": ("text", "token"), "instruction": (*INSTRUCTIONS,), "pretrain": (None, *PRETRAINING)}
+# arguments of train.py that change nothing of what is learned
+WITHOUT_EFFECT = {"out", "resume", "fresh", "check", "missing_list", "checkpoint_activations", "compile",
+                  "workers", "save_every", "log_every", "validate"}
+UNFINISHED = ("ckpt.part", "best.part", "log.jsonl.part", "curve.png.part")  # before they get their names
+
+
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def read_checkpoint(path):
@@ -99,7 +107,54 @@ def save_checkpoint(path, **contents):
         if part.is_file():
             part.unlink()
         raise InputError(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
-                         "free some space and --resume") from None
+                         "free some space; the same command goes on") from None
+
+
+def lock_folder(folder, fresh=False):
+    """Makes the folder of a run and keeps other runs out -> an open file, whose end is that of the lock.
+
+    The operating system takes the lock back when the process ends, in whatever way. Unfinished files of a run
+    that was killed are removed, and with `fresh` its checkpoints. InputError if the folder is in use or
+    cannot be written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a+")
+        for part in (folder / name for name in UNFINISHED):
+            if part.is_dir() and not part.is_symlink():
+                raise InputError(f"{part}: is a folder, where an unfinished file goes; move it away")
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be made or written into ({e})") from None
+    try:
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which DataLoaders' workers do not inherit
+    except ImportError:  # Windows
+        pass
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise InputError(f"{folder}: in use by another run (process {lock.read()}); "
+                         "wait for its end or choose another --out") from None
+    except OSError:  # a disk that knows no locks
+        pass
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {platform.node()}")
+    lock.flush()
+    for name in UNFINISHED + (("ckpt.pt", "best.pt") if fresh else ()):
+        (folder / name).unlink(missing_ok=True)
+    return lock
+
+
+def find_contradictions(args, trained):
+    """What the arguments of a command line (a Namespace) would change of a checkpoint's, in words.
+
+    trained: the checkpoint's, a dictionary. An argument that it does not know does not count.
+    """
+    return [f"--{name.replace('_', '-')} {value} (the checkpoint: {trained[name]})"
+            for name, value in vars(args).items()
+            if name not in WITHOUT_EFFECT and trained.get(name, value) != value]
+
+
+# --------------------------------------------------------------------------------------------------- networks
 
 
 def load_model(args, device, checkpoint=None, say=print):

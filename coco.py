@@ -23,8 +23,8 @@ from pathlib import Path, PureWindowsPath
 
 from PIL import Image
 
+from annotations import MAX_PIXELS, UNREADABLE, make_instance, parse_descriptions, plain
 from common import InputError, read_json, run, write_json
-from data import MAX_PIXELS, UNREADABLE, make_instance, parse_descriptions, plain
 
 ORIENTATION = 0x0112  # the EXIF entry that says how a viewer turns a photo; 1 is not at all
 

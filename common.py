@@ -4,18 +4,30 @@ Nothing here comes from the paper, so a reader may skip this file.
 """
 
 import argparse
+import errno
 import json
 import math
+import multiprocessing
 import os
 import re
 import reprlib
+import signal
 import sys
+import threading
+import time
 from collections import Counter
+from datetime import timedelta
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+
+PATIENCE = timedelta(minutes=10)  # with another process, before it counts as lost
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+        "recvBytes", "sendBytes", "failed to recv")  # how gloo and NCCL say so
+PATIENCE_WITH_PHOTOS = 300  # seconds that a worker may take to read a micro-batch
 
 
 class InputError(Exception):
@@ -36,21 +48,101 @@ def printable(text):
 
 def run(main):
     """Runs a program. What the user can fix is one line on stderr; defects crash with their traceback."""
+    if "RANK" in os.environ:  # torchrun: the usage, printed by every process, would bury the error
+        argparse.ArgumentParser.error = raise_input_error
     try:
         main(sys.argv[1:])
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        if dist.is_initialized():  # without waiting for the other processes
-            sys.stdout.flush()
-            os._exit(2)
-        sys.exit(2)
+        end_with(str(e))
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # what read our output has ended, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (RuntimeError, OSError) as e:
+        if (line := explain(e)) is None:
+            raise
+        end_with(line)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def raise_input_error(parser, message):
+    raise InputError(message)
+
+
+def explain(error):
+    """An error of torch's own that is no defect of the program -> one line, else None."""
+    text = str(error)
+    first = text.strip().partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{first.split('. ')[0]}; less is needed with a smaller --micro-batch, in evaluation --batch"
+    # The first is of a worker that was killed or is silent, the others are of a full /dev/shm.
+    if text.startswith("DataLoader ") or "shared memory" in text or "/torch_" in text:
+        return (f"a process that reads photos was lost ({first}): killed, for want of memory or of space in "
+                "/dev/shm? --workers 0 does without such processes")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{first}: a disk is full, or /dev/shm, which --workers 0 does without"
+    if any(words in text for words in ("Timed out", "timed out", "Timeout", "timeout")):
+        return f"another process has not answered for {PATIENCE} (hours:minutes:seconds): {first}"
+    if any(words in text for words in LOST):
+        return f"lost the connection to another process: {first}"
+    return None
+
+
+def end_with(line):
+    """Prints one line of error and ends the process with exit code 2.
+
+    Under torchrun one process often fails because of another, or all fail alike. The first process speaks at
+    once; the others wait before they do, and torchrun ends them meanwhile. Its report repeats the line.
+    """
+    if "--workers 0" in line:  # those that are left may hang, and would hold up the end
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them, too,
+        sys.unraisablehook = lambda *_: None  # and its own half-made iterator
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    sys.stdout.flush()
+    if os.environ.get("RANK", "0") != "0" or line.startswith("lost "):
+        time.sleep(10)
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        message = {"message": f"error: {line}", "extraInfo": {"timestamp": int(time.time())}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+    if dist.is_initialized():  # without waiting for the other processes
+        os._exit(2)
+    sys.exit(2)
+
+
+class Stop:
+    """`with Stop() as stop` catches the first Ctrl-C or SIGTERM: stop.signal is 0, and then its number.
+
+    The second one acts at once. A job in the background, for which Ctrl-C is ignored, goes on ignoring it.
+    """
+
+    def __enter__(self):
+        self.signal, self.before = 0, {}
+        is_main = threading.current_thread() is threading.main_thread()  # which alone gets signals
+        for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():
+            if (handler := signal.getsignal(number)) != signal.SIG_IGN:
+                self.before[number] = handler or signal.SIG_DFL
+                signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def stop_with(number):
+    """Ends a program that has done what a caught signal asks for, as the signal would have."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 def positive(text, most=10**6):
@@ -91,16 +183,47 @@ def start_processes():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE, **find_meeting_place())
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
-def silence_worker(_):
-    """The worker_init_fn of our DataLoaders: on Ctrl-C a worker prints no traceback of its broken connection.
+def find_meeting_place():
+    """Options of init_process_group() for processes that torchrun has started again, else none.
 
-    Errors in reading photos still reach the main process: they do not pass through sys.excepthook.
+    They would find each other's addresses where torchrun keeps them, but also those of the processes before,
+    and would now and then wait for these. On several machines, whose counts of restarts may differ, the
+    environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does the same.
+    """
+    env = os.environ
+    count = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
+        return {}
+    rank, world, port = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    store = dist.TCPStore(env["MASTER_ADDR"], port, world, is_master=False, timeout=PATIENCE)
+    return {"store": dist.PrefixStore(f"restart {count}", store), "rank": rank, "world_size": world}
+
+
+def loader_options(workers):
+    """How our DataLoaders read photos, in `workers` processes or, with 0, in this one."""
+    return {"num_workers": workers, "worker_init_fn": silence_worker,
+            "timeout": PATIENCE_WITH_PHOTOS if workers else 0}
+
+
+def silence_worker(_):
+    """The worker_init_fn of our DataLoaders.
+
+    A worker leaves Ctrl-C and SIGTERM, which often go to all processes, to the main process, so that this can
+    finish its step; it ends when the main process tells it to or has ended, and in any case a minute after a
+    SIGTERM. It prints no traceback of a broken connection. If what it has read cannot be sent, for example
+    since /dev/shm is full, it ends, for otherwise the main process would wait. Errors in reading photos still
+    reach the main process: they do not pass through sys.excepthook.
     """
     sys.excepthook = lambda *_: None
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+        Queue._on_queue_feeder_error = staticmethod(lambda error, item: os._exit(1))
 
 
 # ------------------------------------------------------------------------------------------------------ JSON
@@ -165,11 +288,16 @@ def get_field(record, key, path, kind, low=1, high=10**6, of=""):
 
 def write_json(path, contents):
     """Writes a JSON file whole or not at all, and the folders above it. InputError if that cannot be done."""
+    write_whole(path, json.dumps(contents, indent=1).encode())
+
+
+def write_whole(path, contents):
+    """Writes bytes to a file whole or not at all, as write_json()."""
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        part.write_bytes(contents)
         os.replace(part, path)
     except OSError as e:
         if part.is_file():

@@ -4,155 +4,35 @@
     python evaluate.py --score predictions.json --split 1   the metric alone, without network and photographs
     python evaluate.py CKPT --annotations val.json --images photos          your own data, see coco.py
 
-PCK@t is the share of an instance's visible keypoints that are predicted closer than t times the longer side
-of its box, averaged over instances. mPCK is the mean over five thresholds. Beside the checkpoint it leaves
-report.json, predictions.json and predictions.png. Letters: P photos, K keypoints.
+Beside the checkpoint it leaves report.json, predictions.json and predictions.png. An evaluation that was
+stopped goes on where it was. Letters: P photos, K keypoints.
 """
 
 import argparse
+import hashlib
+import json
+import os
 import random
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from annotations import keep_readable, parse_descriptions, read_descriptions, read_instances, refuse_missing
+from arguments import images_folder
+from check import describe_shortfall
 from checkpoint import load_trained, read_checkpoint
 from coco import list_texts, read_coco, read_texts, replace_texts
-from common import (
-    InputError,
-    check,
-    get_field,
-    natural,
-    positive,
-    printable,
-    read_json,
-    run,
-    silence_worker,
-    start_processes,
-    write_json,
-)
-from data import (
-    MAX_ID,
-    by_id,
-    crop_of,
-    keep_readable,
-    normalize,
-    parse_descriptions,
-    read_descriptions,
-    read_instances,
-    refuse_missing,
-)
-from decode import locate
+from common import InputError, loader_options, natural, positive, run, start_processes, write_json
+from data import crop_of, normalize
+from decode import Prediction, locate
 from draw import draw_sheet
+from metric import THRESHOLDS, make_report, pck_of_queries, print_report, read_predictions
 from model import DTYPES
-
-THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25)
-
-
-# ---------------------------------------------------------------------------------------------------- metric
-
-
-def find_hits(instance, points):
-    """Which keypoints are predicted close enough: bool (5 thresholds, K).
-
-    points: for each keypoint (x, y) in pixels of the photo, or None, which is a miss.
-    """
-    points = np.array([point or (np.inf, np.inf) for point in points], dtype=np.float64)
-    distance = np.linalg.norm(points - instance.keypoints, axis=1)
-    return distance < np.array(THRESHOLDS)[:, None] * max(instance.box[2:])
-
-
-def pck_of_queries(instances, predicted):
-    """Every instance once. -> (instances, 5): shares of visible keypoints hit, 0 where none is visible."""
-    return np.array([find_hits(o, points)[:, o.visible].sum(1) / max(1, o.visible.sum())
-                     for o, points in zip(instances, predicted)])
-
-
-def pck_of_pairs(instances, predicted, category_order):
-    """Earlier work's 60,000 support-query pairs: 200 times one support and 15 queries of each category.
-
-    Only keypoints visible in both count; a pair that shares none scores 0. CapeLLM's answers do not depend on
-    the support. -> (pairs, 5): shares of keypoints hit, and the pairs, (support, query) indices of instances.
-    """
-    members = defaultdict(list)
-    for i, instance in enumerate(instances):
-        members[instance.category_id].append(i)
-    sampler, pairs = random.Random(1), []
-    for category_id in category_order:
-        of_category = members[category_id]
-        for _ in range(200 if of_category else 0):
-            support, *queries = sampler.sample(of_category, min(16, len(of_category)))
-            pairs += [(support, query) for query in queries]
-    hits = [find_hits(o, points) for o, points in zip(instances, predicted)]
-    both = [instances[support].visible & instances[query].visible for support, query in pairs]
-    shares = [hits[query][:, seen].sum(1) / max(1, seen.sum()) for (_, query), seen in zip(pairs, both)]
-    return np.array(shares), pairs
-
-
-def make_report(instances, predicted, categories, annotations, protocol, **facts):
-    """predicted[i]: instance i's K points in pixels, None for no answer. -> what report.json holds."""
-    shares = pck_of_queries(instances, predicted)
-    category_ids = np.array([instance.category_id for instance in instances])
-    if protocol == "pairs":
-        order = by_id(read_json(annotations), "categories", "category", annotations)
-        shares, pairs = pck_of_pairs(instances, predicted, order)
-        if not pairs:
-            raise InputError(f"{annotations}: no pairs, since no category has two objects")
-        category_ids = category_ids[[query for _, query in pairs]]
-
-    def means(rows):
-        pck = {f"PCK@{t:g}": share for t, share in zip(THRESHOLDS, rows.mean(0).tolist())}
-        return {**pck, "mPCK": rows.mean(0).mean().item()}
-
-    per_category = {f"{c} {categories[c].name}": means(shares[category_ids == c])
-                    for c in dict.fromkeys(category_ids.tolist())}
-    return {**means(shares), "objects": len(instances), "protocol": protocol, **facts,
-            "per category": per_category}
-
-
-def print_report(report):
-    """Percent with two decimals: a line for each category, then the mean."""
-    columns = [*(f"PCK@{t:g}" for t in THRESHOLDS), "mPCK"]
-    print(f"\n{'':28}" + "".join(f"{c:>10}" for c in columns))
-    for name, row in {**report["per category"], f"{report['objects']} objects": report}.items():
-        print(f"{printable(name):28.28}" + "".join(f"{100 * row[c]:10.2f}" for c in columns))
-    print("\n" + ", ".join(f"{k}: {v}" for k, v in report.items() if k not in (*columns, "per category")))
-
-
-def read_predictions(path, instances, allow_missing):
-    """A predictions.json -> points in the order of `instances`. Entries for other annotations are ignored."""
-    wrong, points = f'{path}: not [{{"annotation_id": 7, "keypoints": [[x, y], ...]}}, ...]', {}
-    for entry in check(read_json(path), f"{wrong}: it", list, 0, 10**7):
-        number = get_field(entry, "annotation_id", wrong, int, -MAX_ID, MAX_ID)
-        if number in points:
-            raise InputError(f"{path}: annotation {number} is predicted twice")
-        points[number] = [parse_point(point, f"{wrong}: annotation {number} has a point that")
-                          for point in get_field(entry, "keypoints", wrong, list, 0, 1000)]
-    for instance in instances:
-        number, K = instance.annotation_id, len(instance.keypoints)
-        if number not in points and not allow_missing:
-            raise InputError(f"{path}: no prediction for annotation {number}; is it of this split? "
-                             "(--allow-missing counts misses)")
-        found = points.setdefault(number, [None] * K)
-        if len(found) != K:
-            raise InputError(f"{path}: annotation {number} has {len(found)} keypoints predicted, "
-                             f"{K} annotated")
-    return [points[instance.annotation_id] for instance in instances]
-
-
-def parse_point(point, where):
-    """[x, y], or null for no answer -> (x, y) or None."""
-    if point is None:
-        return None
-    x, y = (float(check(v, where, float, -10**12, 10**12)) for v in check(point, where, list, 2, 2))
-    return x, y
-
 
 # -------------------------------------------------------------------------------------------- asking a model
 
@@ -213,40 +93,148 @@ def make_batches(instances, n_questions):
     return batches
 
 
+def predict_within_memory(model, chat, crops, images, categories, **how):
+    """predict(), and where a GPU's memory does not suffice, for half of the photos and then the others."""
+    try:
+        return predict(model, chat, crops, images, categories, **how)
+    except torch.OutOfMemoryError:
+        if len(crops) == 1:
+            raise
+    torch.cuda.empty_cache()
+    n = len(crops) // 2
+    tqdm.write(f"out of memory with {len(crops)} photos at a time: goes on with {n} (--batch says how many)")
+    halves = (crops[:n], images[:n], categories[:n]), (crops[n:], images[n:], categories[n:])
+    return [found for half in halves for found in predict_within_memory(model, chat, *half, **how)]
+
+
 def predict_instances(model, chat, instances, categories, batches, **how):
-    """Asks about batches of (index, image) -> {index: list of Predictions}, None for an unreadable photo."""
-    results = {}
+    """Asks about batches of (index, image) -> for each {index: Predictions}, None for an unreadable photo."""
     for batch in batches:
-        results.update({i: None for i, image in batch if image is None})
+        results = {i: None for i, image in batch if image is None}
         batch = [(i, image) for i, image in batch if image is not None]
         if batch:
             indices, images = zip(*batch)
-            found = predict(model, chat, [crop_of(instances[i]) for i in indices], torch.stack(images),
-                            [categories[instances[i].category_id] for i in indices], **how)
+            found = predict_within_memory(
+                model, chat, [crop_of(instances[i]) for i in indices], torch.stack(images),
+                [categories[instances[i].category_id] for i in indices], **how)
             for i, predictions in zip(indices, found):  # without the distributions, 16 kB a keypoint
                 results[i] = [replace(prediction, x=None, y=None) for prediction in predictions]
-    return results
+        yield results
 
 
-def ask_checkpoint(args, checkpoint, instances, categories, images):
-    """Shares out the photos between all processes -> what predict_instances() gives.
+def ask_together(model, chat, instances, categories, images, size, args, rank, world, kept=None, **how):
+    """Shares out the photos between all processes -> {index: Predictions or None}, the same in each process.
 
-    On every process but the first, None.
+    args: batch and workers. kept: a Partial, whose instances are not asked about again.
     """
-    rank, world, device = start_processes()
-    model, chat = load_trained(checkpoint, device, args.llm, args.vit, args.dtype)
-    check_decoding(chat, args.decode, args.constrained)
-    loader = DataLoader(Photos(instances, images, checkpoint["args"]["image_size"]), collate_fn=list,
-                        batch_sampler=make_batches(instances, args.batch)[rank::world],
-                        num_workers=args.workers, worker_init_fn=silence_worker)
-    results = predict_instances(
-        model, chat, instances, categories, tqdm(loader, disable=rank > 0, dynamic_ncols=True),
-        constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
+    results = dict(kept.results) if kept else {}
+    batches = [[i for i in batch if i not in results]
+               for batch in make_batches(instances, args.batch)[rank::world]]
+    loader = DataLoader(Photos(instances, images, size), collate_fn=list,
+                        batch_sampler=[batch for batch in batches if batch], **loader_options(args.workers))
+    progress = tqdm(loader, disable=rank > 0, dynamic_ncols=True, leave=kept is not None)
+    for found in predict_instances(model, chat, instances, categories, progress, **how):
+        results |= found
+        if kept:
+            kept.write(found)
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, results)
         results = {i: found for part in gathered for i, found in part.items()}
+    return results
+
+
+class Partial:
+    """The predictions of an evaluation that is not finished, in partial-RANK.jsonl where its results will be.
+
+    A line is {"key", "instance": its index, "found": [[point, confidence, answer], ...]}. It counts only for
+    the same `key`, which stands for everything that the answers depend on.
+    """
+
+    def __init__(self, folder, key, rank):
+        self.folder, self.key, self.results = folder, key, {}
+        self.path = folder / f"partial-{rank}.jsonl"
+        for path in sorted(folder.glob("partial-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                self.take(line)
+
+    def take(self, line):
+        try:
+            entry = json.loads(line)
+            if entry["key"] == self.key:
+                self.results[entry["instance"]] = [
+                    Prediction(point and tuple(point), confidence, answer, None, None)
+                    for point, confidence, answer in entry["found"]]
+        except (ValueError, TypeError, KeyError):  # cut off when the process was killed
+            pass
+
+    def write(self, found):
+        lines = [{"key": self.key, "instance": i,
+                  "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
+                 for i, of_photo in found.items() if of_photo]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(f"\n{json.dumps(line)}" for line in lines))
+        except OSError as e:
+            raise InputError(f"{self.path}: cannot be written ({e})") from None
+
+
+def identify(args, instances, categories, images):
+    """A text that stands for all that an evaluation's answers depend on; of photos, size and date."""
+    weights = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    photos = {photo: Path(images, photo).stat() for photo in {o.photo for o in instances}}
+    asked = [(o.annotation_id, o.box, categories[o.category_id].keypoints, o.photo, photos[o.photo].st_size,
+              photos[o.photo].st_mtime_ns) for o in instances]
+    how = (args.llm, args.vit, args.dtype, args.constrained, args.cumulative, args.decode)
+    return hashlib.sha256(repr((weights, asked, how)).encode()).hexdigest()
+
+
+def ask_checkpoint(args, checkpoint, instances, categories, images):
+    """Asks a checkpoint's network about all instances, but for those of an evaluation that was stopped.
+
+    -> {index: Predictions or None}; on every process but the first, None.
+    """
+    rank, world, device = start_processes()
+    model, chat = load_trained(checkpoint, device, args.llm, args.vit, args.dtype)
+    check_decoding(chat, args.decode, args.constrained)
+    kept = Partial(find_folder(args), identify(args, instances, categories, images), rank)
+    if kept.results and rank == 0:
+        print(f"goes on with {len(kept.results)} of {len(instances)} objects done")
+    results = ask_together(
+        model, chat, instances, categories, images, checkpoint["args"]["image_size"], args, rank, world, kept,
+        constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
     return results if rank == 0 else None
+
+
+class Validation:
+    """What train.py --validate measures: PCK@0.2 of the same 100 objects of the validation set."""
+
+    def __init__(self, args, chat, categories, rank, world):
+        self.args, self.chat, self.categories, self.rank, self.world = args, chat, categories, rank, world
+        self.images = images_folder(args)
+        if args.annotations:
+            instances, descriptions = read_coco(args.val, args.images, list_texts(categories), lambda _: None)
+            self.categories = parse_descriptions(descriptions, args.val)
+        else:
+            path = Path(args.data, "annotations", f"mp100_split{args.split}_val.json")
+            instances = read_instances(path, categories)
+        instances = random.Random(0).sample(instances, min(100, len(instances)))
+        self.instances = keep_readable(instances, self.images, self.categories, args.allow_missing)
+
+    def measure(self, model):
+        """-> PCK@0.2 and the number of objects, in every process. Training's random numbers are untouched."""
+        model.eval()
+        how = argparse.Namespace(batch=16, workers=self.args.workers)
+        results = ask_together(model, self.chat, self.instances, self.categories, self.images,
+                               self.args.image_size, how, self.rank, self.world)
+        model.train()
+        read = [(self.instances[i], results[i]) for i in sorted(results) if results[i]]
+        if not read:
+            raise InputError(f"{self.images}: no readable photos to validate on")
+        instances, found = zip(*read)
+        shares = pck_of_queries(instances, [[p.point for p in of_photo] for of_photo in found])
+        return shares.mean(0)[THRESHOLDS.index(0.2)].item(), len(read)
 
 
 # --------------------------------------------------------------------------------------------------- program
@@ -339,15 +327,30 @@ def main(argv):
     instances, categories, annotations, images, facts = read_data(args, checkpoint, trained)
     if not instances:
         raise InputError(f"{annotations}: no object to evaluate")
+    if "split" in facts and os.environ.get("RANK", "0") == "0":
+        if shortfall := describe_shortfall(annotations):
+            print(shortfall)
     facts |= {"cumulative": True} if args.cumulative else {}
     if args.score:
         predicted = read_predictions(args.score, instances, args.allow_missing)
+        known = [i for i, points in enumerate(predicted) if points is not None]
+        if not known:
+            raise InputError(f"{args.score}: no prediction for any object of {annotations}")
+        if len(known) < len(instances):
+            facts["without prediction"] = len(instances) - len(known)
+        instances, predicted = [instances[i] for i in known], [predicted[i] for i in known]
         report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
         print_report(report)
         if args.report:
             write_json(args.report, report)
     else:
         evaluate_checkpoint(args, checkpoint, instances, categories, images, annotations, facts)
+
+
+def find_folder(args):
+    """Where the results of a checkpoint go."""
+    folder = Path(args.checkpoint).parent
+    return Path(args.out or (folder if args.subset == "test" else folder / args.subset))
 
 
 def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotations, facts):
@@ -368,8 +371,7 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
     facts["without photo"] = n_annotated - len(instances)
     report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
     print_report(report)
-    folder = Path(args.checkpoint).parent
-    out = Path(args.out or (folder if args.subset == "test" else folder / args.subset))
+    out = find_folder(args)
     write_json(args.report or out / "report.json", report)
     write_json(out / "predictions.json", [
         {"annotation_id": instance.annotation_id, "keypoints": points,
@@ -377,6 +379,8 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
         for instance, points, of_photo in zip(instances, predicted, predictions)])
     confidence = [[prediction.confidence for prediction in of_photo] for of_photo in predictions]
     draw_sheet(out / "predictions.png", instances, predicted, categories, images, confidence)
+    for path in out.glob("partial-*.jsonl"):
+        path.unlink()
     print(f"wrote {out}/report.json, predictions.json, predictions.png")
 
 

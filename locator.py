@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from annotations import MAX_PIXELS, UNREADABLE, parse_descriptions
 from chat import Category
 from checkpoint import load_trained, read_checkpoint
 from common import InputError, read_json, start_processes
-from data import MAX_PIXELS, UNREADABLE, Crop, average_blocks, parse_descriptions, to_rgb
+from data import Crop, average_blocks, to_rgb
 from evaluate import check_decoding, predict
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions.json"

@@ -15,8 +15,8 @@ from urllib.parse import parse_qs
 
 from PIL import Image
 
+from annotations import UNREADABLE
 from common import InputError
-from data import UNREADABLE
 from locator import make_category, open_photo, parse_keypoint
 
 FOLDER = Path(__file__).parent

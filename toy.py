@@ -21,9 +21,11 @@ import numpy as np
 import torch
 
 import evaluate
+import metric
 import train
+from annotations import read_descriptions, read_instances
 from common import InputError, natural, run
-from data import crop_of, read_descriptions, read_instances
+from data import crop_of
 from toyworld.creatures import draw_toy, write_descriptions
 
 # relative to where the program runs, so that checkpoints find the backbones after the folder was moved
@@ -83,7 +85,7 @@ def print_table(out, others):
         return replace(instance, keypoints=instance.keypoints[order], visible=instance.visible[order])
 
     def read(folder):
-        return evaluate.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
+        return metric.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
 
     rows = {
         "CapeLLM": (unseen, read(out)),
@@ -94,7 +96,7 @@ def print_table(out, others):
     print(f"\n{'toy categories never seen, % of keypoints found':50}"
           f"{'PCK@0.05':>10}{'PCK@0.1':>10}{'PCK@0.2':>10}{'mPCK':>10}")
     for name, (instances, points) in rows.items():
-        pck = 100 * evaluate.pck_of_queries(instances, points).mean(0)
+        pck = 100 * metric.pck_of_queries(instances, points).mean(0)
         print(f"{name:50}{pck[0]:10.1f}{pck[1]:10.1f}{pck[3]:10.1f}{pck.mean():10.1f}")
 
 

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from annotations import read_descriptions
 from chat import IGNORE, INSTRUCTIONS, OUTLINE, PRETRAINING, WORDINGS, Category, Chat, Scene, spell
-from data import read_descriptions
 from decode import Prediction, read_coordinates
 
 CUP = Category("tea_cup", [("rim", "where one drinks."), ("foot", "below (or under) it"),

@@ -14,9 +14,10 @@ from programs import command_line, read_checkpoint, read_results, refused, train
 import coco
 import evaluate
 import train
+from annotations import parse_descriptions, read_descriptions
 from coco import read_coco
 from common import InputError, read_json
-from data import crop_of, parse_descriptions, read_descriptions
+from data import crop_of
 
 NAMES = ["spout", "lid_knob", "Handle"]
 TEXTS = {"spout": "The opening away from the handle.", "lid knob": "The knob on top.",

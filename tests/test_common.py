@@ -119,6 +119,36 @@ def test_one_of_several_processes_ends_at_once_and_what_it_printed_is_kept(monke
     assert capsys.readouterr().err == "error: a.json: no such file\n"
 
 
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--micro-batch"),
+    (RuntimeError("DataLoader timed out after 300 seconds"), "--workers 0"),
+    (OSError(28, "No space left on device"), "/dev/shm, which --workers 0 does without"),
+    (RuntimeError("[gloo/pair.cc:1] Connection closed by peer [127.0.0.1]:1"), "lost the connection"),
+    (RuntimeError("Timed out waiting 1800000ms for recv operation"), "has not answered for 0:10:00"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None), (OSError(2, "No such file"), None)])
+def test_errors_of_torch_that_are_no_defects_are_explained(error, line):
+    said = common.explain(error)
+    assert said is None if line is None else line in said and "\n" not in said
+
+
+def test_under_torchrun_the_first_process_speaks_and_the_report_repeats_it(monkeypatch, capsys, tmp_path):
+    """The other processes wait first, so that torchrun may end them. Wrong arguments are as short."""
+    waited = []
+    monkeypatch.setattr(common.time, "sleep", waited.append)
+    parser = argparse.ArgumentParser
+    monkeypatch.setattr(parser, "error", parser.error)  # so that it is put back
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank, waits in ("0", []), ("1", [10]):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            start(monkeypatch, lambda argv: parser().parse_args(argv))
+        assert end.value.code == 2 and waited == waits
+        assert capsys.readouterr().err == "error: unrecognized arguments: a b\n"
+    written = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert written["message"] == "error: unrecognized arguments: a b"
+    assert written["extraInfo"]["timestamp"] > 1e9
+
+
 @pytest.mark.parametrize("text, is_natural, is_positive", [
     ("0", True, False), ("00", True, False), ("1", True, True), ("12", True, True), ("-1", False, False),
     ("1.5", False, False), ("1e3", False, False), ("", False, False), (" 1", False, False),
@@ -233,10 +263,10 @@ def test_a_full_disk_leaves_the_json_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     write_json(path, {"PCK": 1})
 
-    def fill_up(part, text, **_):
-        part.write_bytes(text[:3].encode())
+    def fill_up(part, contents):
+        part.write_text(contents[:3].decode())
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_text", fill_up)
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
     with pytest.raises(InputError, match="report.json: cannot be written .*No space left"):
         write_json(path, {"PCK": 2})
     assert read_json(path) == {"PCK": 1} and list(tmp_path.iterdir()) == [path]

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 import data
+from annotations import Instance, check_categories, keep_readable, read_descriptions, read_instances
 from chat import IGNORE, Category, Chat
 from common import InputError
-from data import Crop, Example, Instance, TrainingSet, collate, crop_of, plan_epoch, read_instances
+from data import Crop, Example, TrainingSet, collate, crop_of, plan_epoch
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -49,7 +50,7 @@ Split = namedtuple("Split", "photos annotations instances")  # photos and annota
 @pytest.fixture(scope="module")
 def benchmark(shared, tmp_path_factory):
     """MP-100's five test files: a list of Splits."""
-    categories = data.read_descriptions(ROOT / "descriptions.json")
+    categories = read_descriptions(ROOT / "descriptions.json")
     path, splits = tmp_path_factory.mktemp("mp100") / "test.json", []
     for number in range(1, 6):
         packed = shared / f"mp100/annotations/mp100_split{number}_test.json.gz"
@@ -199,10 +200,10 @@ def test_an_annotation_file_and_the_descriptions_mean_the_same_categories(tmp_pa
 
 def test_renamed_keypoints_fit_the_benchmark(shared):
     """Figure 4's names, which are others than the annotations'."""
-    renamed = data.read_descriptions(ROOT / "assets/animal_body_renamed.json")
+    renamed = read_descriptions(ROOT / "assets/animal_body_renamed.json")
     categories = json.loads((shared / "mp100/categories.json").read_text())
     assert len({entry["id"] for entry in categories} & renamed.keys()) == len(renamed) == 34
-    data.check_categories(categories, renamed, "categories.json")
+    check_categories(categories, renamed, "categories.json")
 def read_raw(folder, **contents):
     """What read_instances() makes of a file with these images and annotations."""
     (folder / "a.json").write_text(json.dumps(contents))
@@ -662,7 +663,7 @@ def test_no_two_streams_of_random_numbers_coincide(hear, monkeypatch):
 def miniature(shared):
     """A miniature of MP-100 with real photos -> its folder, its categories, its instances to train on."""
     root = shared / "mini_mp100"
-    categories = data.read_descriptions(root / "descriptions.json")
+    categories = read_descriptions(root / "descriptions.json")
     return root, categories, read_instances(root / "annotations/mp100_split1_train.json", categories)
 
 
@@ -719,10 +720,10 @@ def test_missing_and_damaged_photos_are_counted_by_category(tmp_path, content):
         spoil(tmp_path / f"images/{i}.png", content)
     says = r"photos of 3 \w+ are missing or unreadable \(cup 2, plate 1\), e\.g\. 1\.png"
     with pytest.raises(InputError, match=rf"^[^\n]*images: {says}[^\n]*$"):
-        data.keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=False)
-    assert data.keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=True) == instances[:1]
+        keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=False)
+    assert keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=True) == instances[:1]
     with pytest.raises(InputError, match=r"^[^\n]*images: none of the photos of 3 \w+ is there$"):
-        data.keep_readable(instances[1:], tmp_path / "images", CATEGORIES, allow_missing=True)
+        keep_readable(instances[1:], tmp_path / "images", CATEGORIES, allow_missing=True)
 
 
 def test_a_pipe_or_a_folder_is_no_photo_but_a_link_may_lead_to_one(tmp_path):
@@ -734,7 +735,7 @@ def test_a_pipe_or_a_folder_is_no_photo_but_a_link_may_lead_to_one(tmp_path):
     (tmp_path / "images/2.png").symlink_to(tmp_path / "elsewhere.png")
     point = np.ones((1, 2)), np.ones(1, bool)
     instances = [Instance(i, 2, f"{i}.png", (0, 0, 9, 9), *point) for i in range(3)]
-    assert data.keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=True) == instances[2:]
+    assert keep_readable(instances, tmp_path / "images", CATEGORIES, allow_missing=True) == instances[2:]
     for i in 0, 1:
         with pytest.raises(InputError, match="not a readable photo .it is not a regular file.; replace"):
             crop_of(instances[i]).cut(tmp_path / f"images/{i}.png", 14)
@@ -754,7 +755,7 @@ def test_whatever_a_decoder_raises_the_photo_is_named(tmp_path, monkeypatch, err
 
 READERS = {
     "annotations": lambda path: read_instances(path, CATEGORIES),
-    "descriptions": data.read_descriptions,
+    "descriptions": read_descriptions,
     "tokenizer": lambda path: Chat(path.parent),
     "photo": lambda path: Crop(4, 4, 8).cut(path, 14),
 }
@@ -779,7 +780,7 @@ def test_a_description_that_is_incomplete_is_named(tmp_path, entry, says):
     path = tmp_path / "texts.json"
     path.write_text(json.dumps(texts))
     with pytest.raises(InputError, match=rf"texts\.json: entry '{says}' is missing"):
-        data.read_descriptions(path)
+        read_descriptions(path)
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -802,7 +803,7 @@ def test_a_description_that_is_no_text_or_ambiguous_is_named(tmp_path, spoil, sa
     path = tmp_path / "texts.json"
     path.write_text(json.dumps(texts))
     with pytest.raises(InputError, match=rf"^[^\n]*texts\.json: [^\n]*{says}[^\n]*$"):
-        data.read_descriptions(path)
+        read_descriptions(path)
 
 
 def test_skeletons_are_lines_between_keypoints(tmp_path):
@@ -811,5 +812,5 @@ def test_skeletons_are_lines_between_keypoints(tmp_path):
              "categories": {"3": {"name": "a cup", "keypoint_set": "cup"},
                             "0": {"name": "a pot", "keypoint_set": "pot"}}}
     (tmp_path / "texts.json").write_text(json.dumps(texts))
-    categories = data.read_descriptions(tmp_path / "texts.json")
+    categories = read_descriptions(tmp_path / "texts.json")
     assert {number: c.skeleton for number, c in categories.items()} == {3: [(0, 2), (2, 1)], 0: []}

@@ -15,8 +15,8 @@ from PIL import Image
 
 import draw
 import labels
+from annotations import read_descriptions, read_instances
 from chat import Category
-from data import read_descriptions, read_instances
 
 GRAY, WHITE = (128, 128, 128), (255, 255, 255)
 PHOTO, BOX = Image.new("RGB", (200, 100), GRAY), (20, 10, 110, 60)

@@ -14,7 +14,7 @@ import train
 from chat import Category
 from data import Crop
 from evaluate import predict
-from model import CapeLLM
+from model import DTYPES, CapeLLM
 
 TOY = ROOT / "assets/toy"
 ASKED = ["the knob on the antenna that is purple", "the sharp end of the green horn", "the orange heart"]
@@ -34,7 +34,7 @@ def test_bf16_finds_the_same_points():
         model, chat = checkpoint.load_trained(trained, "cpu", TOY / "llm", TOY / "vit", dtype)
         [found] = predict(model, chat, [crop], image[None], [category], decode="median")
         points[dtype] = torch.tensor([p.point for p in found])
-        assert dtypes(model) == ({train.DTYPES[dtype]}, {torch.float32})
+        assert dtypes(model) == ({DTYPES[dtype]}, {torch.float32})
     assert not torch.equal(points["bf16"], points["fp32"])
     assert (points["bf16"] - points["fp32"]).abs().max() < 0.02 * crop.side
 

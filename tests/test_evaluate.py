@@ -23,8 +23,10 @@ from programs import (
 )
 
 import evaluate
+import metric
+from annotations import Instance, read_descriptions, read_instances
 from chat import INSTRUCTIONS, Category, Chat
-from data import Crop, Instance, read_descriptions, read_instances
+from data import Crop
 
 PCK = ["PCK@0.05", "PCK@0.1", "PCK@0.15", "PCK@0.2", "PCK@0.25"]
 
@@ -69,7 +71,7 @@ def test_pairs_are_those_of_earlier_work(published):
     instances = read_instances(path, read_descriptions(ROOT / "descriptions.json"))
     order = [category["id"] for category in json.loads(path.read_text())["categories"]]
     silence = [[None] * len(instance.keypoints) for instance in instances]
-    _, pairs = evaluate.pck_of_pairs(instances, silence, order)
+    _, pairs = metric.pck_of_pairs(instances, silence, order)
     pairs = [[instances[i].annotation_id for i in pair] for pair in pairs]
     assert len(pairs) == expected["pairs"]["count"]
     assert pairs[:3] == expected["pairs"]["first"]
@@ -86,18 +88,18 @@ def test_pck_by_hand():
     four = make_instance([(20, 30)] * 4, [1, 1, 1, 0])
     five_away, ten_away, nothing, hidden = (20, 35), (26, 38), None, (20, 30)
     predicted = [five_away, ten_away, nothing, hidden]
-    assert evaluate.pck_of_queries([four], [predicted]).tolist() == [[0, 1 / 3, 2 / 3, 2 / 3, 2 / 3]]
+    assert metric.pck_of_queries([four], [predicted]).tolist() == [[0, 1 / 3, 2 / 3, 2 / 3, 2 / 3]]
     nearer_than_five = [(20, 34.999), None, None, None]
-    assert evaluate.find_hits(four, nearer_than_five)[:, 0].all()
+    assert metric.find_hits(four, nearer_than_five)[:, 0].all()
 
     tall = make_instance([(20, 30)], [1], box=(10, 0, 40, 200))
-    both = evaluate.pck_of_queries([four, tall], [predicted, [(20, 59)]])
+    both = metric.pck_of_queries([four, tall], [predicted, [(20, 59)]])
     assert both[1].tolist() == [0, 0, 1, 1, 1]  # 29 away: not within 20, but 30
     each_instance_once = [0, 1 / 6, 5 / 6, 5 / 6, 5 / 6]
     assert both.mean(0).tolist() == pytest.approx(each_instance_once)
 
     nothing_visible, at_the_origin = make_instance([(20, 30)], [0]), make_instance([(0, 0)], [1])
-    assert not evaluate.pck_of_queries([nothing_visible, at_the_origin], [[(20, 30)], [None]]).any()
+    assert not metric.pck_of_queries([nothing_visible, at_the_origin], [[(20, 30)], [None]]).any()
 
 
 def test_boxes_are_clipped_and_points_hidden_but_labelled_count(tmp_path):
@@ -109,7 +111,7 @@ def test_boxes_are_clipped_and_points_hidden_but_labelled_count(tmp_path):
     path.write_text(json.dumps({"images": [photo], "annotations": [annotation]}))
     [instance] = read_instances(path, {1: Category("thing", [("point", "")] * 3)})
     assert instance.box == (0, 10, 80, 40)  # from pixel 0 to pixel 80, the last
-    four_away = evaluate.pck_of_queries([instance], [[(24, 30), (24, 30), None]])
+    four_away = metric.pck_of_queries([instance], [[(24, 30), (24, 30), None]])
     assert four_away.tolist() == [[0, 1, 1, 1, 1]]  # 0.05 x 80 is 4, and 4 is not below
 
 
@@ -119,7 +121,7 @@ def test_pairs_count_what_support_and_query_share():
     c = make_instance([(20, 30)] * 3, [0, 0, 1])
     right, wrong = (20, 30), None
     predicted = [[right, wrong, right], [wrong, right, wrong], [right, right, right]]
-    shares, pairs = evaluate.pck_of_pairs([a, b, c], predicted, [1, 2])
+    shares, pairs = metric.pck_of_pairs([a, b, c], predicted, [1, 2])
     nothing_shared = {(0, 2): 0, (2, 0): 0}
     by_hand = {(0, 1): 1, (1, 0): 0, (1, 2): 1, (2, 1): 0} | nothing_shared
     assert len(pairs) == 400  # 200 times both others
@@ -321,7 +323,7 @@ def test_missing_and_truncated_photos_are_listed_or_left_out(evaluated, checkpoi
     line = refused(evaluate, argv)
     for word in "3 objects", "wagon 2", "kite 1", "--allow-missing":
         assert word in line
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*[!l]"))  # but for partial-0.jsonl
 
     report, predictions = evaluated("--data", data, "--allow-missing")
     assert (report["without photo"], report["objects"]) == (4, 2)
@@ -477,6 +479,68 @@ def test_a_file_without_instances_is_refused(checkpoint, tmp_path):
     assert f"{path}: no object to evaluate" in refused(evaluate, [checkpoint / "ckpt.pt", "--data", data])
 
 
+def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch, capsys):
+    """To the same bytes, asking what is left; another question asks everything."""
+    evaluated("--constrained")
+    expected, asked, ask = contents_of(tmp_path / "out"), [], evaluate.predict
+
+    def stop_at_third(model, chat, crops, *rest, **how):
+        asked.append(len(crops))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return ask(model, chat, crops, *rest, **how)
+    monkeypatch.setattr(evaluate, "predict", stop_at_third)
+    options = ["--constrained", "--batch", 5]
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(*options, "--report", tmp_path / "elsewhere.json")
+    [partial] = (tmp_path / "out").glob("partial-*.jsonl")
+    partial.write_text(partial.read_text() + '\n{"key": "')  # cut off
+    evaluated(*options)
+    assert asked == [1, 1, 1, 1, 1, 1, 1] and "goes on with 2 of 6 objects" in capsys.readouterr().out
+    assert contents_of(tmp_path / "out") == expected
+    assert not list((tmp_path / "out").glob("partial-*.jsonl"))
+
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(*options)
+    evaluated("--batch", 5)
+    assert asked == [1, 1, 1, *6 * [1]]
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_halved(
+        evaluated, checkpoint, tmp_path, monkeypatch, capsys):
+    evaluated("--constrained")
+    expected, ask = contents_of(tmp_path / "out"), evaluate.predict
+
+    def ask_little(model, chat, crops, *rest, **how):
+        if len(crops) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        return ask(model, chat, crops, *rest, **how)
+    monkeypatch.setattr(evaluate, "predict", ask_little)
+    room = 2
+    evaluated("--constrained")
+    assert contents_of(tmp_path / "out") == expected
+    assert "out of memory with 6 photos at a time: goes on with 3" in capsys.readouterr().out
+    room = 0
+    line = refused(evaluate, [checkpoint / "ckpt.pt", "--out", tmp_path / "none", "--workers", 0])
+    assert "CUDA out of memory" in line and "--batch" in line
+
+
+def test_weights_that_are_no_numbers_are_one_line(checkpoint, tmp_path):
+    contents = torch.load(checkpoint / "ckpt.pt", weights_only=True)
+    contents["model"]["projection.bias"][3] = float("nan")
+    torch.save(contents, tmp_path / "nan.pt")
+    line = refused(evaluate, [tmp_path / "nan.pt"])
+    assert "projection.bias" in line and "training diverged" in line
+
+
+def test_a_model_without_one_answer_is_warned_of(evaluated, capsys):
+    report, _ = evaluated()
+    assert report["malformed"] == report["keypoints"] == 24
+    said = capsys.readouterr().out
+    assert "malformed: 24 of 24" in said and "not one answer holds coordinates" in said
+
+
 # ---------------------------------------------------------------------------------------- predictions, scored
 
 
@@ -488,6 +552,16 @@ def scoring(checkpoint, tmp_path):
         path.write_text(json.dumps(predictions))
         return ["--score", path, "--data", data, "--descriptions", data / "descriptions.json"]
     return make
+
+
+def test_objects_without_prediction_are_left_out_by_permission_and_counted(scoring, tmp_path, capsys):
+    good = [{"annotation_id": 100 + i, "keypoints": [[1.0, 2]] * K} for i, K in enumerate([5, 3] * 3)]
+    report = tmp_path / "report.json"
+    evaluate.main(command_line(*scoring(good[:2]), "--allow-missing", "--report", report))
+    assert "predicted 2 of 6 objects: others were left out" in capsys.readouterr().out
+    written = json.loads(report.read_text())
+    assert (written["objects"], written["without prediction"], written["keypoints"]) == (2, 4, 8)
+    assert "no prediction for any object" in refused(evaluate, [*scoring([]), "--allow-missing"])
 
 
 def replace_point(predictions, point):
@@ -520,6 +594,6 @@ def test_predictions_may_be_null_of_other_splits_and_by_permission_absent(checkp
     instances = read_instances(data / "annotations" / "mp100_split1_test.json", categories)
     path.write_text(json.dumps([{"annotation_id": 101, "keypoints": [None, [1, 2], None]},
                                 {"annotation_id": 9, "keypoints": []}]))
-    predicted = evaluate.read_predictions(path, instances, allow_missing=True)
+    predicted = metric.read_predictions(path, instances, allow_missing=True)
     assert len(predicted) == 6
-    assert predicted[:2] == [[None] * 5, [None, (1, 2), None]]
+    assert predicted[:2] == [None, [None, (1, 2), None]]

@@ -17,7 +17,7 @@ from conftest import ROOT
 from mp100 import make_mp100
 from PIL import Image
 
-from data import read_descriptions
+from annotations import read_descriptions
 from toyworld.creatures import draw_toy
 
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "REPRODUCE.md")}

@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 import evaluate
 import toy
 import train
+from annotations import Instance, read_descriptions, read_instances
 from chat import Category
 from checkpoint import load_chat, load_model, read_checkpoint
 from common import InputError
-from data import Instance, crop_of, inside, normalize, read_descriptions, read_instances
+from data import crop_of, inside, normalize
 from decode import locate
-from evaluate import pck_of_queries, predict
+from evaluate import predict
 from llama import Llama
+from metric import pck_of_queries
 from toyworld import creatures, pretrain, sheets, variants
 from train import parse_arguments
 from vit import ViT

@@ -24,6 +24,7 @@ from programs import (
     SUBPROCESS,
     command_line,
     free_frames,
+    in_two_processes,
     read_checkpoint,
     read_results,
     refused,
@@ -33,7 +34,7 @@ from programs import (
 
 import evaluate
 import train
-from chat import INSTRUCTIONS
+from chat import INSTRUCTIONS, PRETRAINING
 from model import CapeLLM
 
 PROJECTION = {"projection.weight", "projection.bias"}
@@ -233,6 +234,32 @@ def test_checkpointed_activations_train_to_the_same_weights(trained, monkeypatch
     frugal = trained("--checkpoint-activations", "--epochs", 1, out="frugal")
     assert_equal(frugal["model"], plain["model"], atol=1e-6)
     assert len(recomputed) == 2 * (4 * 4 * 2)  # every layer twice in each micro-batch: 4 steps x 4 x 2 layers
+
+
+def test_validation_changes_nothing_and_says_the_same_in_two_processes(arguments, trained, tmp_path, capsys):
+    data = tmp_path / "data"
+    val = data / "annotations/mp100_split1_val.json"
+    shutil.copy(data / "annotations/mp100_split1_test.json", val)
+    plain = trained("--lr", 0.01, out="plain")
+    watched = trained("--lr", 0.01, "--validate", 3, out="watched")
+    for part in "model", "optimizer":
+        assert_equal(watched[part], plain[part])
+    scores = scores_of(tmp_path / "watched")
+    assert [(step, n) for step, _, n in scores] == [(3, 6), (6, 6), (8, 6)]
+    best = max(score for _, score, _ in scores)
+    kept = torch.load(tmp_path / "watched/best.pt", weights_only=True)["step"]
+    assert kept == next(step for step, score, _ in scores if score == best)
+    assert not (tmp_path / "plain/best.pt").exists()
+
+    said = in_two_processes(train.main, arguments("--lr", 0.01, "--validate", 3, out="two"), tmp_path)
+    assert said[0].count("PCK@0.2") == 3 and "PCK" not in said[1]
+    assert scores_of(tmp_path / "two") == scores
+    assert "locates nothing" in refused(train, arguments("--pretrain", "direct", "--validate", 3))
+
+
+def scores_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["PCK@0.2"], line["objects"]) for line in lines if "PCK@0.2" in line]
 
 
 # ------------------------------------------------------------------------------------------------- the recipe
@@ -516,7 +543,7 @@ def test_hiera_is_recognised_trained_and_evaluated(trained, tmp_path, without_pi
     assert report["objects"] == 6
 
 
-@pytest.mark.parametrize("way", train.PRETRAINING)
+@pytest.mark.parametrize("way", PRETRAINING)
 def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(arguments, trained, tmp_path, way):
     """Table 9."""
     fresh = train.load_model(train.parse_arguments(arguments()), "cpu").state_dict()
@@ -525,7 +552,7 @@ def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(argume
     assert before["model"].keys() == PROJECTION
     assert before["args"]["tune_llm"] == before["args"]["tune_vit"] == "frozen"
     assert not torch.equal(before["model"]["projection.weight"], fresh["projection.weight"])
-    assert train.load_chat(Namespace(**before["args"])).instruction is train.PRETRAINING[way]
+    assert train.load_chat(Namespace(**before["args"])).instruction is PRETRAINING[way]
     assert "--init" in refused(evaluate, [path])
 
     started = train.load_model(train.parse_arguments(arguments("--init", path)), "cpu").state_dict()
@@ -588,7 +615,7 @@ def test_checkpoints_are_not_overwritten_nor_mixed_up(arguments, trained, shared
     other = tmp_path / "other" / "ckpt.pt"
     assert str(path) in refused(train, ["--resume", other, "--epochs", 2, "--out", path.parent])
     three_layers_not_two = shared / "parity" / "llama31" / "vit"
-    line = refused(train, ["--resume", path, "--vit", three_layers_not_two])
+    line = refused(train, ["--resume", path, "--epochs", 2, "--vit", three_layers_not_two])
     assert "lacks 4 trained tensors" in line and "llama31/vit" in line
     assert path.read_bytes() == good
 
@@ -620,7 +647,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(arguments, tmp_path, monke
     line = refused(train, arguments("--save-every", 1))
     assert error.args[-1] in line and str(tmp_path / "run" / "ckpt.pt") in line
     assert read_checkpoint(tmp_path / "run")["step"] == 2
-    assert len(list((tmp_path / "run").iterdir())) == 1
+    assert not list((tmp_path / "run").glob("*.part"))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -637,6 +664,10 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(arguments, tmp_path, 
     monkeypatch.setattr(CapeLLM, "forward", break_in_the_third_step)
     line = refused(train, arguments("--save-every", 1))
     assert "step 3: loss" in line and "--lr" in line and len(losses) == 12
+    *_, last = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert last["step"] == 3 and re.search(r"(nan|inf)", last["error"])
+    assert 1 <= len(last["annotations"]) <= 4 and last["annotations"][0] in line
+    assert re.fullmatch(r"10\d \((wagon|kite)/\d.jpg\)", last["annotations"][0])
     checkpoint = read_checkpoint(tmp_path / "run")
     assert checkpoint["step"] == 2 and all(t.isfinite().all() for t in checkpoint["model"].values())
 
@@ -653,13 +684,30 @@ def test_a_checkpoint_with_another_optimizer_is_not_resumed(arguments, trained, 
     checkpoint = trained("--epochs", 1)
     checkpoint["optimizer"]["param_groups"].pop()
     torch.save(checkpoint, path := tmp_path / "run/ckpt.pt")
-    assert f"{path}: its optimizer is not of such a run" in refused(train, ["--resume", path])
+    assert f"{path}: its optimizer is not of such a run" in refused(train, ["--resume", path, "--epochs", 2])
 
 
 def test_workers_do_not_print_the_traceback_of_a_broken_connection(trained, tmp_path):
     """Which they would if Ctrl-C came while they send a photo."""
     with silent_workers(train.TrainingSet, tmp_path):
         trained("--workers", 1, "--epochs", 1)
+
+
+class Unsendable:
+    def __reduce__(self):
+        raise RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)")
+
+
+@pytest.mark.parametrize("how", ["killed", "full"])
+def test_a_worker_that_is_lost_is_one_line_that_names_the_way_out(arguments, monkeypatch, how):
+    """It kills itself, or cannot send what it has read, since /dev/shm is full."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # so that it is put back
+    fail = {"killed": lambda _: os.kill(os.getpid(), signal.SIGKILL), "full": lambda _: Unsendable()}
+    monkeypatch.setattr(train, "collate", fail[how])
+    line = refused(train, arguments("--workers", 1))
+    assert "a process that reads photos was lost" in line and "--workers 0" in line
+    signal.signal(signal.SIGCHLD, before)
 
 
 def test_ctrl_c_leaves_the_last_checkpoint_whole(arguments, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import Instance
+from annotations import Instance
 
 # -------------------------------------------------------------------------------------- parts and colours
 
