@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from annotations import MAX_PIXELS, UNREADABLE, parse_descriptions
@@ -41,8 +40,8 @@ class Found:
     x: float  # pixels of the photo
     y: float
     confidence: float  # 0 to 1: how much of the distributions lies within a tenth of the square around (x, y)
-    x_distribution: torch.Tensor  # (1000,)
-    y_distribution: torch.Tensor
+    x_distribution: np.ndarray  # (1000,)
+    y_distribution: np.ndarray
     square: tuple  # left, top, side of the square in pixels of the photo
 
 
@@ -51,15 +50,16 @@ class Locator:
 
     checkpoint: what train.py wrote. decode: what to take of each coordinate's distribution, "greedy",
     "median" or "mean". llm, vit: where the published weights are, if they were moved since the training.
-    descriptions: a file of more keypoint sets; the checkpoint knows those of its training.
+    descriptions: a file of more keypoint sets; the checkpoint knows those of its training. dtype: "bf16" or
+    "fp32", of the frozen weights and of computing; None for what suits the device.
     InputError if one of them is not what it should be.
     """
 
-    def __init__(self, checkpoint, decode="greedy", llm=None, vit=None, descriptions=None):
+    def __init__(self, checkpoint, decode="greedy", llm=None, vit=None, descriptions=None, dtype=None):
         contents = read_checkpoint(checkpoint)
         self.sets = read_sets(contents["descriptions"], checkpoint, descriptions)
         *_, device = start_processes()
-        self.model, self.chat = load_trained(contents, device, llm, vit)
+        self.model, self.chat = load_trained(contents, device, llm, vit, dtype)
         check_decoding(self.chat, decode)
         self.decode, self.size = decode, contents["args"]["image_size"]
 
@@ -110,17 +110,16 @@ def suggest(name, sets):
 
 def open_photo(photo):
     """A path, a PIL image or an array (h, w, 3) -> RGB image, upright: turned as its EXIF data ask."""
+    is_path = not isinstance(photo, (Image.Image, np.ndarray))
+    if is_path and not Path(photo).is_file():
+        raise InputError(f"{photo}: no such photo")
     try:
-        if isinstance(photo, np.ndarray):
-            photo = Image.fromarray(photo)
-        elif not isinstance(photo, Image.Image):
-            path = Path(photo)
-            if not path.is_file():
-                raise InputError(f"{path}: no such photo")
-            photo = Image.open(path)
-        return to_rgb(ImageOps.exif_transpose(photo))
+        image = Image.open(photo) if is_path else photo
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        return to_rgb(ImageOps.exif_transpose(image))
     except UNREADABLE as e:
-        raise InputError(f"{photo}: not a readable photo ({e})") from None
+        name = photo if is_path else "the image"
+        raise InputError(f"{name}: not a readable photo ({e})") from None
 
 
 def check_box(box, photo):

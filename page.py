@@ -150,7 +150,7 @@ def read_photo(data):
         photo = Image.open(io.BytesIO(data), formats=FORMATS)
         if photo.width * photo.height <= MAX_PIXELS:
             return open_photo(photo)
-    except (InputError, *UNREADABLE):
+    except UNREADABLE:
         raise InputError(f"not a readable photo: none of {', '.join(FORMATS)}, or damaged") from None
     raise InputError(f"the photo has {photo.width} x {photo.height} pixels; make it smaller")
 

@@ -20,6 +20,7 @@ from checkpoint import read_checkpoint
 from common import InputError, make_folder, printable, read_json, run, write_json
 from draw import draw_points, save_picture
 from locator import Locator, check_box, make_category, open_photo, parse_keypoint, parse_keypoints, read_sets
+from model import DTYPES
 
 
 def parse_box(text):
@@ -161,6 +162,7 @@ def parse_arguments(argv):
     add("--descriptions", help="a file of more keypoint sets; default: descriptions.json of this program")
     add("--llm", help="where its weights are now, if they were moved since the training")
     add("--vit", help="likewise")
+    add("--dtype", choices=DTYPES, help="of frozen weights and of computing; default: bf16 on CUDA, else fp32")
     add("--list", action="store_true", help="show the sets of keypoints, or the texts of --keypoints")
     add("--serve", action="store_true", help="open a page to try it, for this computer only")
     add("--port", type=int, default=8000, help="of the page")
@@ -190,9 +192,10 @@ def main(argv):
     sets = read_sets(read_checkpoint(args.checkpoint)["descriptions"], args.checkpoint, args.descriptions)
     if args.list:
         return print_sets(sets, args.keypoints)
+    how = args.checkpoint, args.decode, args.llm, args.vit, args.descriptions, args.dtype
     if args.serve:
         from page import serve
-        return serve(Locator(args.checkpoint, args.decode, args.llm, args.vit, args.descriptions), args.port)
+        return serve(Locator(*how), args.port)
     # All that can be wrong is checked before the network is loaded, which may take minutes.
     if args.keypoint:
         category = make_category(map(parse_keypoint, args.keypoint))
@@ -203,11 +206,11 @@ def main(argv):
         check_box(jobs[0].box, open_photo(jobs[0].path))
     if args.out:
         make_folder(args.out)
-    locator = Locator(args.checkpoint, args.decode, args.llm, args.vit, args.descriptions)
+    locator = Locator(*how)
     found, failed = locate_all(locator, jobs, category, args.out)
     if args.out:
         write_tables(args.out, found, args.format)
-        print(f"wrote {args.out}/keypoints.json, keypoints.csv and {len(found)} pictures")
+        print(f"wrote {args.out}/keypoints.json, keypoints.csv and {len(found)} picture{'s' * (len(found) != 1)}")
     if failed:
         raise InputError(f"{failed} of {len(jobs)} objects were left out, see above")
 
