@@ -162,7 +162,7 @@ def parse_arguments(argv):
     add("--descriptions", help="a file of more keypoint sets; default: descriptions.json of this program")
     add("--llm", help="where its weights are now, if they were moved since the training")
     add("--vit", help="likewise")
-    add("--dtype", choices=DTYPES, help="of frozen weights and of computing; default: bf16 on CUDA, else fp32")
+    add("--dtype", choices=DTYPES, help="of weights and of computing; default: bf16 on CUDA, else fp32")
     add("--list", action="store_true", help="show the sets of keypoints, or the texts of --keypoints")
     add("--serve", action="store_true", help="open a page to try it, for this computer only")
     add("--port", type=int, default=8000, help="of the page")
@@ -210,7 +210,8 @@ def main(argv):
     found, failed = locate_all(locator, jobs, category, args.out)
     if args.out:
         write_tables(args.out, found, args.format)
-        print(f"wrote {args.out}/keypoints.json, keypoints.csv and {len(found)} picture{'s' * (len(found) != 1)}")
+        pictures = f"{len(found)} picture{'s' * (len(found) != 1)}"
+        print(f"wrote {args.out}/keypoints.json, keypoints.csv and {pictures}")
     if failed:
         raise InputError(f"{failed} of {len(jobs)} objects were left out, see above")
 
