@@ -7,12 +7,14 @@ that install packages, and the toy itself, are run by .ci/run.
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from mp100 import make_mp100
 from PIL import Image
@@ -25,6 +27,7 @@ NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 # What a test shortens: the loops over splits train one split, whose results stand for the others.
 SHORTER = [("for s in 2 3 4 5; do torchrun --nproc_per_node 4 train.py",
             "for s in 2; do torchrun --nproc_per_node 2 train.py --epochs 1"),
+           ("torchrun --nproc_per_node 4 --max-restarts 3 train.py", "torchrun --nproc_per_node 2 train.py"),
            ("torchrun --nproc_per_node 4 evaluate.py", "torchrun --nproc_per_node 2 evaluate.py"),
            ("for s in 1 2 3 4 5; do python evaluate.py", "for s in 1 2; do python evaluate.py"),
            ("train.py --split 1", "train.py --split 1 --epochs 1")]
@@ -57,23 +60,24 @@ def folder(tiny, tmp_path_factory):
         (folder / item.name).symlink_to(item)
     shutil.copytree(tiny / "llm", folder / "weights/Llama-3.1-8B")
     shutil.copytree(tiny / "vit", folder / "weights/dinov2-large")
+    (folder / "weights/SmolLM2-135M-Instruct").symlink_to(folder / "weights/Llama-3.1-8B")
+    (folder / "weights/dinov2-small").symlink_to(folder / "weights/dinov2-large")
     make_mp100(folder / "data/mp100", read_descriptions(ROOT / "descriptions.json"), splits=range(1, 6),
                instances={"train": {1: 2, 98: 2}, "test": {2: 2, 84: 2}}, is_visible=lambda i, k: k < 2)
     noise = np.random.default_rng(1).integers(0, 256, (330, 350, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "photo.jpg")
     draw_toy(folder / "runs/toy", 0, {"train": (3, 4), "val": (1, 2), "test": (2, 3)})
-    shutil.copy(ROOT / "assets/toy/ckpt.pt", folder / "runs/toy/ckpt.pt")
+    toy = torch.load(ROOT / "assets/toy/ckpt.pt", weights_only=True)
+    toy["descriptions"] = json.loads((folder / "runs/toy/descriptions.json").read_text())  # of fewer creatures
+    torch.save(toy, folder / "runs/toy/ckpt.pt")
 
-    named_block = r"`([^`\n]+\.json)`[^`]*?(?:`[^`\n]+`[^`]*?)?:\n+```json\n(.*?)```"
-    blocks = re.findall(named_block, TEXTS["README.md"], re.S)
-    names = [name for name, _ in blocks]
-    assert names == ["teapots.json", "data/teapots/annotations/mp100_split1_train.json"]
-    for name, text in blocks:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    blocks = dict(re.findall(r"here `([^`\n]+\.json)`:\n+```json\n(.*?)```", TEXTS["README.md"], re.S))
+    assert blocks.keys() == {"train.json", "texts.json"}
+    for name, text in blocks.items():
         (folder / name).write_text(json.dumps(json.loads(text)))
-    shutil.copy(folder / blocks[1][0], folder / "data/teapots/annotations/mp100_split1_test.json")
-    (folder / "data/teapots/images/teapot").mkdir(parents=True)
-    Image.new("RGB", (320, 240), "tan").save(folder / "data/teapots/images/teapot/0001.jpg")
+    shutil.copy(folder / "train.json", folder / "val.json")
+    (folder / "photos").mkdir()
+    Image.new("RGB", (320, 240), "tan").save(folder / "photos/0001.jpg")
     return folder
 
 
@@ -90,7 +94,7 @@ def run_command(command, folder):
 
 def test_the_papers_result_is_reproduced_by_the_commands(folder):
     commands = commands_of(TEXTS["REPRODUCE.md"])
-    assert len(commands) == 8
+    assert len(commands) == 10
     for command, _ in commands:
         said = run_command(command, folder)
         if command.startswith("for s in 2"):
@@ -118,11 +122,18 @@ def test_readmes_commands_run_and_print_what_it_says(folder):
             if output:
                 assert_alike(said, output)
                 outputs += 1
-    assert len(commands) == 20 and outputs == 8
+    assert len(commands) == 21 and outputs == 8
     for file in "ckpt.pt", "report.json", "predictions.json", "predictions.png":
         assert (folder / "runs/teapots" / file).exists()
-    for picture in "photo.keypoints.png", "creature.keypoints.png", "runs/crops.png":
+    for picture in "found/creature.png", "runs/crops.png":
         assert (folder / picture).exists()
+
+
+def test_readmes_python_runs(folder):
+    [block] = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.S)
+    x, y, confidence = map(float, run_command(f"{sys.executable} -c {shlex.quote(block)}", folder).split())
+    assert (x, y) == pytest.approx((110.1, 150.8), abs=1.5)  # as predict.py prints it
+    assert 0.9 < confidence <= 1
 
 
 def test_commands_that_install_are_those_of_ci():
