@@ -22,12 +22,13 @@ from annotations import UNREADABLE, parse_descriptions, read_instances
 from arguments import images_folder
 from checkpoint import load_chat
 from coco import read_coco, read_texts
-from common import InputError, find_shards, read_json
+from common import InputError, read_json
 from hiera import Hiera, HieraConfig
 from llama import Llama, LlamaConfig
 from lora import add_lora
 from model import CapeLLM
 from vit import ViT, ViTConfig
+from weights import find_shards
 
 N_CATEGORIES = {"train": 70, "val": 10, "test": 20}  # of each of MP-100's splits (paper, section 4.1)
 N_OBJECTS = 100  # of each category in a test file, as MP-100 publishes it
