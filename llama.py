@@ -131,19 +131,20 @@ class RMSNorm(nn.Module):
 
 
 # Three arguments below, `prefix`, `real` and `wanted`, only save work. A first reading may take them for
-# None: what remains is the textbook's decoder. For example, four questions about two photos, p and q, are read:
+# None: what remains is the textbook's decoder. For example, four questions a to d about two photos, p and q:
 #
-#     another cache    these rows                  real: what is no padding    wanted: what is asked for
-#     p p p p p p      a a a a a   goes on from p
-#     q q q q q q      b b . . .   goes on from p  a a a a a b b c c c d d d d         a b c d
-#                      c c c . .   goes on from q          (N = 14, D)           (the last of each row)
-#                      d d d d .   goes on from q
+#     prefix         rows                         x, with `real`                  the result, with `wanted`
+#
+#     p p p p p p    a a a a a   goes on from p   a a a a a b b c c c d d d d     a b c d
+#     q q q q q q    b b - - -   goes on from p   (N = 14, D)                     (the last token of each row)
+#                    c c c - -   goes on from q
+#                    d d d d -   goes on from q
 #
 # prefix: keys and values of a photo are kept once, and rows that go on from it share them.
-# real: only attention needs rows of one length, B x T. All other layers treat each token by itself, and get x
-#     (N, D), a list of the N tokens that are no padding. `real` holds their rows and columns, two lists.
-# wanted: an index of the tokens, (B, T) or N, whose hidden states the caller needs. Of the others, the last
-#     layer makes the keys and values alone.
+# real: only attention needs rows of one length, (B, T). All other layers treat each token by itself; they get
+#     a list of the N tokens that are no padding. `real` is where in the rows these are: (rows, columns).
+# wanted: an index of the tokens, in x as it is given, whose hidden states the caller needs. Of the others the
+#     last layer makes the keys and values alone.
 
 
 class Attention(nn.Module):
