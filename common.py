@@ -19,6 +19,7 @@ from collections import Counter
 from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ def run(main):
     except InputError as e:
         end_with(str(e))
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # what read our output has ended, as in "| head"
@@ -102,7 +103,7 @@ def end_with(line):
         for worker in multiprocessing.active_children():
             worker.kill()
     sys.stdout.flush()
-    if os.environ.get("RANK", "0") != "0" or line.startswith("lost "):
+    if not is_first() or line.startswith("lost "):
         time.sleep(10)
     print(f"error: {line}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -144,6 +145,9 @@ def stop_with(number):
     sys.exit(128 + number)
 
 
+# -------------------------------------------------------------------------------------------------- arguments
+
+
 def positive(text, most=10**6):
     """The type of an argument that is a whole number above 0, up to `most`."""
     if not (text.isdecimal() and int(text)):
@@ -173,18 +177,40 @@ def between(low, high):
     return parse
 
 
+# -------------------------------------------------------------------------------------------------- processes
+
+
+def is_first():
+    """Whether this is the only process or, under torchrun, the first, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line):
+    """Prints a line once, however many processes there are."""
+    if is_first():
+        print(line)
+
+
+class Process(NamedTuple):
+    """This process among all that share the work."""
+
+    rank: int  # its number, from 0
+    world: int  # how many there are
+    device: torch.device
+
+
 def start_processes():
-    """-> rank, number of processes, device. Works under torchrun and alone; on CUDA, MPS and the CPU."""
+    """-> Process. Works under torchrun and alone; on CUDA, MPS and the CPU."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(device)
+        return Process(0, 1, torch.device(device))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE, **find_meeting_place())
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+    return Process(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
 def find_meeting_place():

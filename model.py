@@ -54,10 +54,8 @@ class CapeLLM(nn.Module):
         Encoder = Hiera if kind == "hiera" else ViT
         vit = Encoder.load(vit_directory, image_size, torch.float32 if tune_vit == "full" else dtype, device)
         llama = Llama.load(llm_directory, torch.float32 if tune_llm == "full" else dtype, device)
-        for network, tune, names in (vit, tune_vit, ("q", "v")), (llama, tune_llm, ("q_proj", "v_proj")):
-            network.requires_grad_(tune == "full")
-            if tune == "lora":
-                add_lora(network, names)
+        adapt(vit, tune_vit, ("q", "v"))
+        adapt(llama, tune_llm, ("q_proj", "v_proj"))
         return cls(vit, llama, answers).to(device)
 
     def see(self, images):
@@ -105,6 +103,13 @@ class CapeLLM(nn.Module):
             distances = (self.keypoint_head(hidden[at[wanted]].float()) - points).abs().mean(-1)
             losses, owners = torch.cat((losses, distances)), torch.cat((owners, owner[:, 1:][pointed]))
         return average(losses, owners)
+
+
+def adapt(network, tune, names):
+    """Decides what of a network trains: "frozen", "lora" on the layers of these names, or "full"."""
+    network.requires_grad_(tune == "full")
+    if tune == "lora":
+        add_lora(network, names)
 
 
 def average(losses, owners):
