@@ -9,7 +9,6 @@ An instance is one annotated animal, garment or thing. Points are in pixels of t
 a reader who trusts theirs needs Instance alone.
 """
 
-import os
 import re
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from chat import Category
-from common import InputError, check, get_field, read_json
+from common import InputError, check, get_field, is_first, read_json
 
 UNREADABLE = Exception  # what pillow raises for a damaged photo: its decoders raise nearly anything
 MAX_ID = 2**63 - 1
@@ -93,7 +92,7 @@ def read_instances(path, categories):
         image = get_field(annotation, "image_id", wrong(path), int, -MAX_ID, MAX_ID, of)
         annotations.setdefault(image, []).append(annotation)
     n_unlisted = sum(len(annotations[image]) for image in annotations.keys() - photos.keys())
-    if n_unlisted and os.environ.get("RANK", "0") == "0":
+    if n_unlisted and is_first():
         print(f"{path}: {n_unlisted} annotations of images that are not listed are left out", file=sys.stderr)
     if "categories" in raw:
         check_categories(by_id(raw, "categories", "category", path).values(), categories, path)
@@ -148,25 +147,11 @@ def check_categories(entries, categories, path):
 
 def make_instance(annotation, photo, categories, path):
     """-> Instance; None for a crowd, if all keypoints are zeros, or if nothing of the box is in the photo."""
-    number = annotation["id"]
-    where, of, of_image = wrong(path), f" of annotation {number}", f" of image {photo['id']}"
-    category_id = get_field(annotation, "category_id", where, int, -MAX_ID, MAX_ID, of)
-    x, y, w, h = get_field(annotation, "bbox", where, list, 4, 4, of)
-    triples = get_field(annotation, "keypoints", where, list, 0, 3000, of)
-    width, height = (get_field(photo, key, where, float, 1, MAX_PIXELS, of_image)
-                     for key in ("width", "height"))
-    if not all(type(v) in (int, float) and abs(v) <= MAX_PIXELS for v in (x, y, w, h, *triples)):
-        raise InputError(f"{path}: annotation {number} has a coordinate that is not a number, "
-                         f"or is beyond {MAX_PIXELS:,}")
-    if len(triples) % 3 or annotation.get("iscrowd", 0) not in (0, 1):
-        raise InputError(f"{where}: annotation {number} has keypoints that are no triples x, y, v, "
-                         "or an iscrowd that is not 0 or 1")
-    area = get_field(annotation, "area", where, float, -10**12, 10**12, of) if "area" in annotation else 1
-    points = np.array(triples, dtype=np.float64).reshape(-1, 3)  # x, y, visibility
-    x1, y1 = max(0, x), max(0, y)
-    x2 = min(width - 1, x1 + max(0, w - 1))
-    y2 = min(height - 1, y1 + max(0, h - 1))
-    if area <= 0 or x2 <= x1 or y2 <= y1 or not points.any() or annotation.get("iscrowd"):
+    number, of = annotation["id"], f" of annotation {annotation['id']}"
+    category_id = get_field(annotation, "category_id", wrong(path), int, -MAX_ID, MAX_ID, of)
+    box, points, area = parse_numbers(annotation, photo, path)
+    *_, w, h = box
+    if area <= 0 or w <= 0 or h <= 0 or not points.any() or annotation.get("iscrowd"):
         return None
     if category_id not in categories:
         raise InputError(f"{path}: category {category_id} has no descriptions; "
@@ -175,11 +160,37 @@ def make_instance(annotation, photo, categories, path):
     if len(points) != len(category.keypoints):
         raise InputError(f"{path}: annotation {number} has {len(points)} keypoints, but {category.name} has "
                          f"{len(category.keypoints)} descriptions")
-    file = Path(get_field(photo, "file_name", where, str, 1, 1000, of_image))
+    file = Path(get_field(photo, "file_name", wrong(path), str, 1, 1000, f" of image {photo['id']}"))
     if file.is_absolute() or ".." in file.parts:
         raise InputError(f"{path}: the photo {file} of annotation {number} is not below images/")
-    box = (x1, y1, x2 - x1, y2 - y1)
     return Instance(number, category_id, photo["file_name"], box, points[:, :2], points[:, 2] > 0)
+
+
+def parse_numbers(annotation, photo, path):
+    """-> the box, clipped to the photo; the points (K, 3), x, y and visibility; the area, 1 if not given."""
+    number, where, of = annotation["id"], wrong(path), f" of annotation {annotation['id']}"
+    box = get_field(annotation, "bbox", where, list, 4, 4, of)
+    triples = get_field(annotation, "keypoints", where, list, 0, 3000, of)
+    width, height = (get_field(photo, key, where, float, 1, MAX_PIXELS, f" of image {photo['id']}")
+                     for key in ("width", "height"))
+    if not all(type(v) in (int, float) and abs(v) <= MAX_PIXELS for v in (*box, *triples)):
+        raise InputError(f"{path}: annotation {number} has a coordinate that is not a number, "
+                         f"or is beyond {MAX_PIXELS:,}")
+    if len(triples) % 3 or annotation.get("iscrowd", 0) not in (0, 1):
+        raise InputError(f"{where}: annotation {number} has keypoints that are no triples x, y, v, "
+                         "or an iscrowd that is not 0 or 1")
+    area = get_field(annotation, "area", where, float, -10**12, 10**12, of) if "area" in annotation else 1
+    points = np.array(triples, dtype=np.float64).reshape(-1, 3)
+    return clip_box(box, width, height), points, area
+
+
+def clip_box(box, width, height):
+    """The part of a box in a photo, counted in pixels as in the published code; w or h <= 0 if none is."""
+    x, y, w, h = box
+    x1, y1 = max(0, x), max(0, y)
+    x2 = min(width - 1, x1 + max(0, w - 1))
+    y2 = min(height - 1, y1 + max(0, h - 1))
+    return x1, y1, x2 - x1, y2 - y1
 
 
 def keep_readable(instances, images, categories, allow_missing):

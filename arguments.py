@@ -21,26 +21,7 @@ def rounds_type(text):
 def build_parser():
     parser = argparse.ArgumentParser(description="Fine-tunes CapeLLM on MP-100.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("files").add_argument
-    add("--data", default="data/mp100", help="MP-100: annotations/ and images/")
-    add("--split", type=positive, default=1, help="1 to 5")
-    add("--annotations", metavar="JSON", help="your own data instead: a COCO keypoints file, see coco.py")
-    add("--images", metavar="DIR", help="the photos of --annotations and --val")
-    add("--val", metavar="JSON", help="likewise, what evaluate.py asks about")
-    add("--descriptions", metavar="JSON", help="names and descriptions of all keypoints; if not given, "
-        "descriptions.json, or for --annotations what their names say")
-    add("--llm", default="weights/Llama-3.1-8B", help="config.json, tokenizer.json, *.safetensors")
-    add("--vit", default="weights/dinov2-large", help="config.json, model.safetensors")
-    add("--out", help="folder of the checkpoint; runs/splitN, runs/pretrain-... or runs/ and the name of "
-        "--annotations if not given")
-    add("--resume", metavar="CKPT", default="auto", help="a checkpoint to go on from, with its arguments but "
-        'for those given here; "auto": from OUT/ckpt.pt if it is there')
-    add("--fresh", action="store_true", help="start anew in a folder that holds a run, which is overwritten")
-    add("--check", action="store_true", help="look whether data, weights, disk and memory will do, and end")
-    add("--missing-list", metavar="FILE", help="where --check lists the photos that are missing")
-    add("--init", metavar="CKPT", help="a checkpoint to start from, with all that trains here too")
-    add("--init-projection", metavar="CKPT", help="likewise, with its projection alone: Table 9")
-    add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
+    add_files(parser.add_argument_group("files").add_argument)
     add = parser.add_argument_group("network").add_argument
     add("--image-size", type=partial(positive, most=MAX_IMAGE_SIZE), default=224, help="pixels a side")
     add("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="Table 4")
@@ -65,6 +46,28 @@ def build_parser():
     add("--seed", type=partial(natural, most=MAX_SEED), default=42)
     add_running(parser.add_argument_group("running").add_argument)
     return parser
+
+
+def add_files(add):
+    add("--data", default="data/mp100", help="MP-100: annotations/ and images/")
+    add("--split", type=positive, default=1, help="1 to 5")
+    add("--annotations", metavar="JSON", help="your own data instead: a COCO keypoints file, see coco.py")
+    add("--images", metavar="DIR", help="the photos of --annotations and --val")
+    add("--val", metavar="JSON", help="likewise, what evaluate.py asks about")
+    add("--descriptions", metavar="JSON", help="names and descriptions of all keypoints; if not given, "
+        "descriptions.json, or for --annotations what their names say")
+    add("--llm", default="weights/Llama-3.1-8B", help="config.json, tokenizer.json, *.safetensors")
+    add("--vit", default="weights/dinov2-large", help="config.json, model.safetensors")
+    add("--out", help="folder of the checkpoint; runs/splitN, runs/pretrain-... or runs/ and the name of "
+        "--annotations if not given")
+    add("--resume", metavar="CKPT", default="auto", help="a checkpoint to go on from, with its arguments but "
+        'for those given here; "auto": from OUT/ckpt.pt if it is there')
+    add("--fresh", action="store_true", help="start anew in a folder that holds a run, which is overwritten")
+    add("--check", action="store_true", help="look whether data, weights, disk and memory will do, and end")
+    add("--missing-list", metavar="FILE", help="where --check lists the photos that are missing")
+    add("--init", metavar="CKPT", help="a checkpoint to start from, with all that trains here too")
+    add("--init-projection", metavar="CKPT", help="likewise, with its projection alone: Table 9")
+    add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
 
 
 def add_running(add):
@@ -99,6 +102,22 @@ def as_if_typed(trained, path):
         raise InputError(f"{path}: {e}; no run has such arguments") from None
 
 
+def refuse_contradictions(parser, args):
+    """Ends the program if arguments do not go together."""
+    if bool(args.annotations) != bool(args.images) or args.val and not args.annotations:
+        parser.error("--annotations train.json, --images DIR and, if you like, --val val.json go together")
+    if args.annotations and any(getattr(args, x) != parser.get_default(x) for x in ("data", "split")):
+        parser.error("--data and --split are MP-100's: leave them out with --annotations")
+    tunes_more = "full" in (args.tune_vit, args.tune_llm)
+    if args.pretrain and ((args.instruction, args.answer) != ("description", "text") or tunes_more):
+        parser.error("--pretrain has its own instruction and trains the projection alone: "
+                     "leave out --instruction, --answer, --tune-*")
+    if args.pretrain and args.validate:
+        parser.error("--validate: a network of --pretrain locates nothing that could be measured")
+    if args.validate and args.annotations and not args.val:
+        parser.error("--validate needs --val, a file of other photos")
+
+
 def parse_arguments(argv):
     """args.resume becomes the path of the checkpoint to go on from, or None."""
     parser = build_parser()
@@ -111,22 +130,11 @@ def parse_arguments(argv):
     if is_given:  # the run's own arguments, but for what the command line says
         parser.set_defaults(**as_if_typed(read_checkpoint(args.resume)["args"], args.resume))
         args = parser.parse_args(argv)
-    if bool(args.annotations) != bool(args.images) or args.val and not args.annotations:
-        parser.error("--annotations train.json, --images DIR and, if you like, --val val.json go together")
-    if args.annotations and any(getattr(args, x) != parser.get_default(x) for x in ("data", "split")):
-        parser.error("--data and --split are MP-100's: leave them out with --annotations")
+    refuse_contradictions(parser, args)
+    if args.pretrain:
+        args.tune_vit = args.tune_llm = "frozen"
     if not args.annotations:
         args.descriptions = args.descriptions or "descriptions.json"
-    if args.pretrain:
-        tunes_more = "full" in (args.tune_vit, args.tune_llm)
-        if (args.instruction, args.answer) != ("description", "text") or tunes_more:
-            parser.error("--pretrain has its own instruction and trains the projection alone: "
-                         "leave out --instruction, --answer, --tune-*")
-        args.tune_vit = args.tune_llm = "frozen"
-        if args.validate:
-            parser.error("--validate: a network of --pretrain locates nothing that could be measured")
-    if args.validate and args.annotations and not args.val:
-        parser.error("--validate needs --val, a file of other photos")
     data = Path(args.annotations).stem if args.annotations else f"split{args.split}"
     args.out = args.out or (f"runs/pretrain-{args.pretrain}" if args.pretrain else f"runs/{data}")
 

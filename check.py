@@ -15,19 +15,18 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from annotations import UNREADABLE, parse_descriptions, read_instances
+from annotations import UNREADABLE, open_photo, parse_descriptions, read_instances
 from arguments import images_folder
 from checkpoint import load_chat
 from coco import read_coco, read_texts
-from common import InputError, find_shards, read_json
+from common import InputError, read_json
 from hiera import Hiera, HieraConfig
 from llama import Llama, LlamaConfig
-from lora import add_lora
-from model import CapeLLM
+from model import CapeLLM, adapt
 from vit import ViT, ViTConfig
+from weights import find_shards
 
 N_CATEGORIES = {"train": 70, "val": 10, "test": 20}  # of each of MP-100's splits (paper, section 4.1)
 N_OBJECTS = 100  # of each category in a test file, as MP-100 publishes it
@@ -63,7 +62,7 @@ def describe_shortfall(annotations):
 def is_whole(photo):
     """Whether a photo can be decoded to its last pixel."""
     try:
-        with Image.open(photo) as image:
+        with open_photo(photo) as image:
             image.load()
         return True
     except UNREADABLE:
@@ -72,10 +71,10 @@ def is_whole(photo):
 
 def check_photos(args, instances, categories):
     """instances: of all subsets. -> a line for each problem; the missing photos go into --missing-list."""
-    folder = Path(images_folder(args))
+    images = Path(images_folder(args))
     photos = sorted({instance.photo for instance in instances})
     with ThreadPool() as pool:
-        whole = dict(zip(photos, tqdm(pool.imap(is_whole, [folder / photo for photo in photos], 16),
+        whole = dict(zip(photos, tqdm(pool.imap(is_whole, [images / photo for photo in photos], 16),
                                       "photos", len(photos), leave=False, dynamic_ncols=True)))
     missing = [photo for photo in photos if not whole[photo]]
     if args.missing_list:
@@ -83,11 +82,11 @@ def check_photos(args, instances, categories):
     if not missing:
         print(f"{len(photos):,} photos, all there and whole")
         return []
-    absent = sum(not (folder / photo).exists() for photo in missing)
+    absent = sum(not (images / photo).exists() for photo in missing)
     by_category = Counter(categories[o.category_id].name for o in instances if not whole[o.photo])
     by_folder = Counter(str(Path(photo).parent) for photo in missing)
     where = f"listed in {args.missing_list}" if args.missing_list else "--missing-list FILE lists them"
-    return [f"{folder}: of {len(photos):,} photos {absent:,} are missing and {len(missing) - absent:,} are "
+    return [f"{images}: of {len(photos):,} photos {absent:,} are missing and {len(missing) - absent:,} are "
             f"damaged ({where})",
             f"  objects without photo: {show(by_category)}", f"  photos by folder: {show(by_folder)}"]
 
@@ -95,6 +94,10 @@ def check_photos(args, instances, categories):
 def show(counts, n=12):
     said = ", ".join(f"{name} {count}" for name, count in counts.most_common(n))
     return said + (f" and {len(counts) - n} more" if len(counts) > n else "")
+
+
+def print_found(path, instances):
+    print(f"{path}: {len(instances):,} objects of {len({o.category_id for o in instances})} categories")
 
 
 def check_own(args):
@@ -106,7 +109,7 @@ def check_own(args):
             found, descriptions = read_coco(path, args.images, texts, print)
             categories |= parse_descriptions(descriptions, path)
             instances += found
-            print(f"{path}: {len(found):,} objects of {len({o.category_id for o in found})} categories")
+            print_found(path, found)
         except InputError as e:
             problems.append(str(e))
     return instances, categories, problems
@@ -123,7 +126,7 @@ def check_annotations(args, categories):
         try:
             found = read_instances(path, categories)
             instances += found
-            print(f"{path}: {len(found):,} objects of {len({o.category_id for o in found})} categories")
+            print_found(path, found)
             if not found:
                 problems.append(f"{path}: no object")
             if shortfall := describe_shortfall(path):
@@ -168,11 +171,8 @@ def sketch(args):
     Encoder, Config = (Hiera, HieraConfig) if is_hiera else (ViT, ViTConfig)
     with torch.device("meta"):
         vit, llama = Encoder(Config.from_json(vit_config)), Llama(LlamaConfig.from_json(llm_config))
-        for network, tune, names in ((vit, args.tune_vit, ("q", "v")),
-                                     (llama, args.tune_llm, ("q_proj", "v_proj"))):
-            network.requires_grad_(tune == "full")
-            if tune == "lora":
-                add_lora(network, names)
+        adapt(vit, args.tune_vit, ("q", "v"))
+        adapt(llama, args.tune_llm, ("q_proj", "v_proj"))
         return CapeLLM(vit, llama, args.answer)
 
 

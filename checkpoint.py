@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from chat import INSTRUCTIONS, PRETRAINING, Chat
-from common import InputError, get_field
+from common import InputError, get_field, say
 from lora import load_trainable_state, trainable_state
 from model import CapeLLM
 
@@ -111,37 +111,40 @@ def save_checkpoint(path, **contents):
 
 
 def lock_folder(folder, fresh=False):
-    """Makes the folder of a run and keeps other runs out -> an open file, whose end is that of the lock.
+    """Makes the folder of a run and keeps other runs out -> an open file; the lock ends when it is closed.
 
-    The operating system takes the lock back when the process ends, in whatever way. Unfinished files of a run
-    that was killed are removed, and with `fresh` its checkpoints. InputError if the folder is in use or
-    cannot be written into.
+    Unfinished files of a run that was killed are removed, and with `fresh` its checkpoints. InputError if the
+    folder is in use or cannot be written into.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "a+")
-        for part in (folder / name for name in UNFINISHED):
-            if part.is_dir() and not part.is_symlink():
-                raise InputError(f"{part}: is a folder, where an unfinished file goes; move it away")
     except OSError as e:
         raise InputError(f"{folder}: cannot be made or written into ({e})") from None
-    try:
-        import fcntl
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which DataLoaders' workers do not inherit
-    except ImportError:  # Windows
-        pass
-    except (BlockingIOError, PermissionError):
+    if not take_lock(lock):
         lock.seek(0)
         raise InputError(f"{folder}: in use by another run (process {lock.read()}); "
-                         "wait for its end or choose another --out") from None
-    except OSError:  # a disk that knows no locks
-        pass
+                         "wait for its end or choose another --out")
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
-    for name in UNFINISHED + (("ckpt.pt", "best.pt") if fresh else ()):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / name for name in UNFINISHED + (("ckpt.pt", "best.pt") if fresh else ())):
+        if path.is_dir() and not path.is_symlink():
+            raise InputError(f"{path}: is a folder, where a file goes; move it away")
+        path.unlink(missing_ok=True)
     return lock
+
+
+def take_lock(file):
+    """Whether no other process has locked the file. The system takes a lock back when its process ends."""
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which DataLoaders' workers do not inherit
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):  # Windows, or a disk that knows no locks
+        pass
+    return True
 
 
 def find_contradictions(args, trained):
@@ -157,10 +160,10 @@ def find_contradictions(args, trained):
 # --------------------------------------------------------------------------------------------------- networks
 
 
-def load_model(args, device, checkpoint=None, say=print):
+def load_model(args, device, checkpoint=None):
     """The network of a run's arguments, with the trained weights of its checkpoint if there is one.
 
-    If there is none, weights may be taken from another run's (--init, --init-projection); say() tells which.
+    If there is none, weights may be taken from another run's (--init, --init-projection).
     """
     torch.manual_seed(args.seed)  # adapters and projection start alike in all processes
     model = CapeLLM.load(args.vit, args.llm, args.image_size, args.tune_vit, args.tune_llm, args.answer,

@@ -21,10 +21,8 @@ import math
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 
-from PIL import Image
-
-from annotations import MAX_PIXELS, UNREADABLE, make_instance, parse_descriptions, plain
-from common import InputError, read_json, run, write_json
+from annotations import MAX_PIXELS, UNREADABLE, make_instance, open_photo, parse_descriptions, plain
+from common import InputError, read_json, run, say, write_json
 
 ORIENTATION = 0x0112  # the EXIF entry that says how a viewer turns a photo; 1 is not at all
 
@@ -32,7 +30,7 @@ ORIENTATION = 0x0112  # the EXIF entry that says how a viewer turns a photo; 1 i
 # ------------------------------------------------------------------------------------------------ annotations
 
 
-def read_coco(path, images, texts=None, say=print):
+def read_coco(path, images, texts=None, say=say):
     """A COCO keypoints file -> its Instances, and descriptions as descriptions.json holds them.
 
     images: the folder of the photos; None if they are not there and the file says their sizes. texts: what
@@ -169,7 +167,7 @@ def read_headers(photos, images, path, say):
 def read_header(path):
     """-> a photo's size as stored, and whether viewers turn it; None, False if it cannot be read."""
     try:
-        with Image.open(path) as photo:
+        with open_photo(path) as photo:
             return photo.size, "exif" in photo.info and photo.getexif().get(ORIENTATION, 1) != 1
     except UNREADABLE:
         return None, False

@@ -1,4 +1,4 @@
-"""What every program needs: errors that a user can fix, JSON, published weights, processes.
+"""What every program needs: errors that a user can fix, types of arguments, processes, JSON.
 
 Nothing here comes from the paper, so a reader may skip this file.
 """
@@ -19,10 +19,10 @@ from collections import Counter
 from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
 PATIENCE = timedelta(minutes=10)  # with another process, before it counts as lost
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
@@ -55,7 +55,7 @@ def run(main):
     except InputError as e:
         end_with(str(e))
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # what read our output has ended, as in "| head"
@@ -103,7 +103,7 @@ def end_with(line):
         for worker in multiprocessing.active_children():
             worker.kill()
     sys.stdout.flush()
-    if os.environ.get("RANK", "0") != "0" or line.startswith("lost "):
+    if not is_first() or line.startswith("lost "):
         time.sleep(10)
     print(f"error: {line}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -145,6 +145,9 @@ def stop_with(number):
     sys.exit(128 + number)
 
 
+# -------------------------------------------------------------------------------------------------- arguments
+
+
 def positive(text, most=10**6):
     """The type of an argument that is a whole number above 0, up to `most`."""
     if not (text.isdecimal() and int(text)):
@@ -174,18 +177,40 @@ def between(low, high):
     return parse
 
 
+# -------------------------------------------------------------------------------------------------- processes
+
+
+def is_first():
+    """Whether this is the only process or, under torchrun, the first, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line):
+    """Prints a line once, however many processes there are."""
+    if is_first():
+        print(line)
+
+
+class Process(NamedTuple):
+    """This process among all that share the work."""
+
+    rank: int  # its number, from 0
+    world: int  # how many there are
+    device: torch.device
+
+
 def start_processes():
-    """-> rank, number of processes, device. Works under torchrun and alone; on CUDA, MPS and the CPU."""
+    """-> Process. Works under torchrun and alone; on CUDA, MPS and the CPU."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(device)
+        return Process(0, 1, torch.device(device))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE, **find_meeting_place())
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+    return Process(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
 def find_meeting_place():
@@ -243,12 +268,6 @@ def read_json(path, kind=object):
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
 
 
-def make_folder(path):
-    """Makes a folder and those above it. InputError if that cannot be done."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be made ({e})") from None
 def without_duplicates(pairs):
     """An object's keys and values -> dict. Of two equal keys, json itself would silently keep the last."""
     entries = dict(pairs)
@@ -286,6 +305,14 @@ def get_field(record, key, path, kind, low=1, high=10**6, of=""):
     return check(record[key], f"{path}: {key}{of}", kind, low, high)
 
 
+def make_folder(path):
+    """Makes a folder and those above it. InputError if that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be made ({e})") from None
+
+
 def write_json(path, contents):
     """Writes a JSON file whole or not at all, and the folders above it. InputError if that cannot be done."""
     write_whole(path, json.dumps(contents, indent=1).encode())
@@ -303,55 +330,3 @@ def write_whole(path, contents):
         if part.is_file():
             part.unlink()
         raise InputError(f"{path}: cannot be written ({e})") from None
-
-
-# --------------------------------------------------------------------------------------------------- weights
-
-
-def load_weights(model, directory, rename, dtype, device):
-    """Fills `model`, built on the meta device, from the safetensors of a folder as the hub lays it out.
-
-    rename(key) returns a list of our names for a tensor of the file. An empty list skips it. If there are
-    several names, the file has fused them, and its rows are cut into that many equal parts. Loading is
-    strict: every parameter must be found exactly once and in its own shape, and nothing else. InputError
-    names the tensor at fault. Each tensor goes to its device and type before the next is read, so host memory
-    never holds more than the model and one shard.
-    """
-    index, shards = find_shards(Path(directory))
-    wanted, loaded = dict(model.named_parameters()), {}
-    for path in shards:
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for key in file.keys():
-                    names = rename(key)
-                    for name, part in zip(names, file.get_tensor(key).chunk(len(names)) if names else []):
-                        check_tensor(path, key, name, part.shape, wanted, loaded)
-                        loaded[name] = part.to(dtype)
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{path}: missing, damaged or truncated ({e}); download it again") from None
-    if missing := wanted.keys() - loaded.keys():
-        raise InputError(f"{index}: {len(missing)} tensors are missing, e.g. {min(missing)}")
-    # strict=False, since the checks above know of tied weights and load_state_dict() does not
-    model.load_state_dict(loaded, strict=False, assign=True)
-
-
-def find_shards(directory):
-    """-> the file that lists the weights of a folder, and the files that hold them, one or several."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
-        names = get_field(read_json(index, dict), "weight_map", index, dict).values()
-        for name in names:  # of files of this folder
-            if not re.fullmatch(r"[\w.-]+\.safetensors", check(name, f"{index}: a name of weight_map", str)):
-                raise InputError(f"{index}: {name!r} in weight_map is no name of the hub; load it anew")
-        return index, [directory / name for name in sorted(set(names))]
-    if single.exists():
-        return single, [single]
-    raise InputError(f"{directory}: neither {single.name} nor {index.name}; download the weights there")
-
-
-def check_tensor(path, key, name, shape, wanted, loaded):
-    if name not in wanted or name in loaded:
-        raise InputError(f"{path}: unexpected tensor {key}; is config.json the one of these weights?")
-    if shape != wanted[name].shape:
-        raise InputError(
-            f"{path}: {key} has shape {tuple(shape)}, config.json asks for {tuple(wanted[name].shape)}")

@@ -48,49 +48,54 @@ class Prediction:
 
 
 class Conversations:
-    """Conversations under way, one a row: their cached keys and values, and which slots of the cache count.
+    """Conversations under way, one a row: what was read, as keys and values that the next tokens look at.
 
-    What they begin with is kept once, however many go on from it. Rows read blocks of tokens of different
-    lengths, so some slots hold padding. Nothing ever looks at those.
+    What they begin with, a photo, is kept once, however many go on from it. Rows read blocks of tokens of
+    different lengths, so some slots of the cache hold padding, and nothing ever looks at those:
+
+        beginnings  p p p p p p      beginning_of  0, 0: both rows go on from p
+        cache       a a a a a  c c   real          1 1 1 1 1 1  1 1 1 1 1  1 1
+                    b b - - -  d -                 1 1 1 1 1 1  1 1 0 0 0  1 0
     """
 
     def __init__(self, llama, x):
         """x (P, T, D): embeddings of P beginnings, a conversation each."""
         self.llama, self.beginnings, self.cache = llama, {}, {}
-        llama(x, cache=self.beginnings, wanted=[])  # wanted are its keys and values alone
+        llama(x, cache=self.beginnings, wanted=[])  # no hidden states, only keys and values
         self.beginning_of = torch.arange(len(x), device=x.device)  # (R,)
-        self.counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (R, S)
+        self.real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (R, S), False for padding
 
     def select(self, rows):
         """Goes on with these rows alone. A row that is named several times becomes several conversations."""
-        rows = torch.tensor(rows, dtype=torch.long, device=self.counts.device)
+        rows = torch.tensor(rows, dtype=torch.long, device=self.real.device)
         for i, (k, v) in self.cache.items():  # layer by layer, so that little is held twice
             self.cache[i] = k[rows], v[rows]  # (R, G, slots, d)
-        self.beginning_of, self.counts = self.beginning_of[rows], self.counts[rows]
+        self.beginning_of, self.real = self.beginning_of[rows], self.real[rows]
 
     def read(self, blocks, n=1):
         """Reads a block of tokens in each row: R lists of any lengths.
 
         -> hidden states of the last n tokens of every block (R, n, D); no row for an empty block.
         """
-        T, device = max(map(len, blocks)), self.counts.device
+        T, device = max(map(len, blocks)), self.real.device
         lengths = torch.tensor([len(block) for block in blocks], device=device)
         new = torch.arange(T, device=device) < lengths[:, None]  # (R, T), False for padding
-        positions = self.counts.sum(1, keepdim=True) + torch.arange(T, device=device)
-        # a query sees what counts in the cache, and its own block up to itself
-        cached = self.counts[:, None].expand(-1, T, -1)  # (R, T, S)
+        positions = self.real.sum(1, keepdim=True) + torch.arange(T, device=device)
+        # a query sees what is real in the cache, and its own block up to itself
+        cached = self.real[:, None].expand(-1, T, -1)  # (R, T, S)
         within = new[:, None] & new.new_ones(T, T).tril()  # (R, T, T)
         mask = torch.cat((cached, within), dim=2)[:, None]  # (R, 1, T, S + T)
+        # all blocks in one list, and the places of the last n tokens of each in it
+        x = self.llama.embed_tokens(torch.tensor(sum(blocks, []), device=device))  # (all tokens, D)
         last = lengths.cumsum(0)[lengths > 0, None] + torch.arange(-n, 0, device=device)  # (R, n)
-        x = self.llama.embed_tokens(torch.tensor(sum(blocks, []), device=device))  # all blocks in one list
-        hidden = self.llama(x, positions, mask, self.cache, (self.beginnings, self.beginning_of),
+        hidden = self.llama(x, positions, mask, self.cache, prefix=(self.beginnings, self.beginning_of),
                             real=new.nonzero(as_tuple=True), wanted=last)
-        self.counts = torch.cat((self.counts, new), dim=1)
+        self.real = torch.cat((self.real, new), dim=1)
         return hidden
 
     def forget(self, rows, start):
         """Makes these rows forget what they have read since the cache had `start` slots."""
-        self.counts[rows, start:] = False
+        self.real[rows, start:] = False
 
 
 def read_photos(model, images, chat):
@@ -129,7 +134,7 @@ def answer_in_format(conversations, questions, answer_format, constrained=False)
     """
     llama, answers, unread = conversations.llama, [[] for _ in questions], questions
     own, distributions = torch.ones(len(questions), dtype=torch.bool), [[] for _ in questions]
-    digits = torch.tensor(answer_format.digits, device=conversations.counts.device)
+    digits = torch.tensor(answer_format.digits, device=conversations.real.device)
     for known in answer_format.known:
         # The last positions of a block predict the known tokens and then the choice:
         #   block       ...  "Assistant"  ":"    " ["   "0"   "."
@@ -158,7 +163,7 @@ def answer_questions(conversations, questions, answer_format, constrained=False)
     -> a pair for each row: its answer, and the distributions of its choices, None if it was answered plainly.
     constrained: keep to the format in any case.
     """
-    start, R = conversations.counts.shape[1], len(questions)
+    start, R = conversations.real.shape[1], len(questions)
     answers, own, distributions = [None] * R, [False] * R, [None] * R
     if answer_format.known:
         answers, own, distributions = answer_in_format(conversations, questions, answer_format, constrained)

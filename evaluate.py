@@ -11,7 +11,6 @@ stopped goes on where it was. Letters: P photos, K keypoints.
 import argparse
 import hashlib
 import json
-import os
 import random
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,18 @@ from arguments import images_folder
 from check import describe_shortfall
 from checkpoint import load_trained, read_checkpoint
 from coco import list_texts, read_coco, read_texts, replace_texts
-from common import InputError, loader_options, natural, positive, run, start_processes, write_json
+from common import (
+    InputError,
+    is_first,
+    loader_options,
+    make_folder,
+    natural,
+    positive,
+    run,
+    say,
+    start_processes,
+    write_json,
+)
 from data import crop_of, normalize
 from decode import Prediction, locate
 from draw import draw_sheet
@@ -60,17 +70,20 @@ def predict(model, chat, crops, images, categories, cumulative=False, **how):
 
 
 class Photos(torch.utils.data.Dataset):
-    """Instances -> (index, image of the crop), the image None if the photo cannot be read."""
+    """Instances -> (index, image of the crop), the image None if the photo cannot be read.
 
-    def __init__(self, instances, folder, size):
-        self.instances, self.folder, self.size = instances, folder, size
+    images: the folder of the photos. size: of a crop, in pixels.
+    """
+
+    def __init__(self, instances, images, size):
+        self.instances, self.images, self.size = instances, images, size
 
     def __len__(self):
         return len(self.instances)
 
     def __getitem__(self, i):
         try:
-            photo = Path(self.folder, self.instances[i].photo)
+            photo = Path(self.images, self.instances[i].photo)
             return i, crop_of(self.instances[i]).cut(photo, self.size)
         except InputError:
             return i, None
@@ -122,37 +135,37 @@ def predict_instances(model, chat, instances, categories, batches, **how):
         yield results
 
 
-def ask_together(model, chat, instances, categories, images, size, args, rank, world, kept=None, **how):
-    """Shares out the photos between all processes -> {index: Predictions or None}, the same in each process.
+def ask_together(model, chat, photos, categories, batches, process, workers, kept=None, **how):
+    """Shares out batches between all processes -> {index: Predictions or None}, the same in each process.
 
-    args: batch and workers. kept: a Partial, whose instances are not asked about again.
+    photos: a Photos. kept: the PartialResults of this process, which are not asked for again.
     """
     results = dict(kept.results) if kept else {}
-    batches = [[i for i in batch if i not in results]
-               for batch in make_batches(instances, args.batch)[rank::world]]
-    loader = DataLoader(Photos(instances, images, size), collate_fn=list,
-                        batch_sampler=[batch for batch in batches if batch], **loader_options(args.workers))
-    progress = tqdm(loader, disable=rank > 0, dynamic_ncols=True, leave=kept is not None)
-    for found in predict_instances(model, chat, instances, categories, progress, **how):
+    own = [[i for i in batch if i not in results] for batch in batches[process.rank::process.world]]
+    loader = DataLoader(photos, batch_sampler=[batch for batch in own if batch], collate_fn=list,
+                        **loader_options(workers))
+    progress = tqdm(loader, disable=process.rank > 0, dynamic_ncols=True, leave=kept is not None)
+    for found in predict_instances(model, chat, photos.instances, categories, progress, **how):
         results |= found
         if kept:
             kept.write(found)
-    if world > 1:
-        gathered = [None] * world
+    if process.world > 1:
+        gathered = [None] * process.world
         dist.all_gather_object(gathered, results)
         results = {i: found for part in gathered for i, found in part.items()}
     return results
 
 
-class Partial:
+class PartialResults:
     """The predictions of an evaluation that is not finished, in partial-RANK.jsonl where its results will be.
 
     A line is {"key", "instance": its index, "found": [[point, confidence, answer], ...]}. It counts only for
-    the same `key`, which stands for everything that the answers depend on.
+    the same `key`, see fingerprint(). All processes read what any has written, for there may be more or fewer
+    than before.
     """
 
     def __init__(self, folder, key, rank):
-        self.folder, self.key, self.results = folder, key, {}
+        self.key, self.results = key, {}
         self.path = folder / f"partial-{rank}.jsonl"
         for path in sorted(folder.glob("partial-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -163,24 +176,25 @@ class Partial:
             entry = json.loads(line)
             if entry["key"] == self.key:
                 self.results[entry["instance"]] = [
-                    Prediction(point and tuple(point), confidence, answer, None, None)
+                    Prediction(point and tuple(point), confidence, answer)
                     for point, confidence, answer in entry["found"]]
         except (ValueError, TypeError, KeyError):  # cut off when the process was killed
             pass
 
     def write(self, found):
+        """Adds what predict_instances() gave, but for unreadable photos."""
         lines = [{"key": self.key, "instance": i,
                   "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
                  for i, of_photo in found.items() if of_photo]
+        make_folder(self.path.parent)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(f"\n{json.dumps(line)}" for line in lines))
+                file.write("".join(f"\n{json.dumps(line)}" for line in lines))  # the last may be cut off
         except OSError as e:
             raise InputError(f"{self.path}: cannot be written ({e})") from None
 
 
-def identify(args, instances, categories, images):
+def fingerprint(args, instances, categories, images):
     """A text that stands for all that an evaluation's answers depend on; of photos, size and date."""
     weights = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     photos = {photo: Path(images, photo).stat() for photo in {o.photo for o in instances}}
@@ -195,43 +209,45 @@ def ask_checkpoint(args, checkpoint, instances, categories, images):
 
     -> {index: Predictions or None}; on every process but the first, None.
     """
-    rank, world, device = start_processes()
-    model, chat = load_trained(checkpoint, device, args.llm, args.vit, args.dtype)
+    process = start_processes()
+    model, chat = load_trained(checkpoint, process.device, args.llm, args.vit, args.dtype)
     check_decoding(chat, args.decode, args.constrained)
-    kept = Partial(find_folder(args), identify(args, instances, categories, images), rank)
-    if kept.results and rank == 0:
-        print(f"goes on with {len(kept.results)} of {len(instances)} objects done")
+    kept = PartialResults(find_folder(args), fingerprint(args, instances, categories, images), process.rank)
+    if kept.results:
+        say(f"goes on with {len(kept.results)} of {len(instances)} objects done")
+    photos = Photos(instances, images, checkpoint["args"]["image_size"])
     results = ask_together(
-        model, chat, instances, categories, images, checkpoint["args"]["image_size"], args, rank, world, kept,
+        model, chat, photos, categories, make_batches(instances, args.batch), process, args.workers, kept,
         constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
-    return results if rank == 0 else None
+    return results if process.rank == 0 else None
 
 
 class Validation:
     """What train.py --validate measures: PCK@0.2 of the same 100 objects of the validation set."""
 
-    def __init__(self, args, chat, categories, rank, world):
-        self.args, self.chat, self.categories, self.rank, self.world = args, chat, categories, rank, world
-        self.images = images_folder(args)
+    def __init__(self, args, chat, categories, process):
+        self.chat, self.categories, self.process, self.workers = chat, categories, process, args.workers
+        images = images_folder(args)
         if args.annotations:
-            instances, descriptions = read_coco(args.val, args.images, list_texts(categories), lambda _: None)
+            instances, descriptions = read_coco(args.val, images, list_texts(categories), lambda _: None)
             self.categories = parse_descriptions(descriptions, args.val)
         else:
             path = Path(args.data, "annotations", f"mp100_split{args.split}_val.json")
             instances = read_instances(path, categories)
         instances = random.Random(0).sample(instances, min(100, len(instances)))
-        self.instances = keep_readable(instances, self.images, self.categories, args.allow_missing)
+        instances = keep_readable(instances, images, self.categories, args.allow_missing)
+        self.photos = Photos(instances, images, args.image_size)
 
     def measure(self, model):
         """-> PCK@0.2 and the number of objects, in every process. Training's random numbers are untouched."""
         model.eval()
-        how = argparse.Namespace(batch=16, workers=self.args.workers)
-        results = ask_together(model, self.chat, self.instances, self.categories, self.images,
-                               self.args.image_size, how, self.rank, self.world)
+        batches = make_batches(self.photos.instances, n_questions=16)
+        results = ask_together(model, self.chat, self.photos, self.categories, batches, self.process,
+                               self.workers)
         model.train()
-        read = [(self.instances[i], results[i]) for i in sorted(results) if results[i]]
+        read = [(self.photos.instances[i], results[i]) for i in sorted(results) if results[i]]
         if not read:
-            raise InputError(f"{self.images}: no readable photos to validate on")
+            raise InputError(f"{self.photos.images}: no readable photos to validate on")
         instances, found = zip(*read)
         shares = pck_of_queries(instances, [[p.point for p in of_photo] for of_photo in found])
         return shares.mean(0)[THRESHOLDS.index(0.2)].item(), len(read)
@@ -313,9 +329,7 @@ def read_own_data(args, checkpoint, trained):
     if checkpoint:
         known = list_texts(parse_descriptions(checkpoint["descriptions"], args.checkpoint))
         texts = replace_texts(known, texts or [])
-    rank, *_ = start_processes()
-    say = print if rank == 0 else lambda *_: None
-    instances, descriptions = read_coco(annotations, images, texts, say)
+    instances, descriptions = read_coco(annotations, images, texts)
     categories = parse_descriptions(descriptions, annotations)
     return instances, categories, annotations, images, {"evaluated on": str(annotations)}
 
@@ -327,9 +341,8 @@ def main(argv):
     instances, categories, annotations, images, facts = read_data(args, checkpoint, trained)
     if not instances:
         raise InputError(f"{annotations}: no object to evaluate")
-    if "split" in facts and os.environ.get("RANK", "0") == "0":
-        if shortfall := describe_shortfall(annotations):
-            print(shortfall)
+    if "split" in facts and is_first() and (shortfall := describe_shortfall(annotations)):
+        print(shortfall)
     facts |= {"cumulative": True} if args.cumulative else {}
     if args.score:
         predicted = read_predictions(args.score, instances, args.allow_missing)

@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, check, get_field, load_weights, read_json
+from common import InputError, check, get_field, read_json
+from weights import load_weights
 
 # What all published Hieras for photos have in common, as config.json says it or by default.
 COMMON = dict(

@@ -6,9 +6,8 @@ and Vicuna-7B-v1.5.
 
     x -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> lm_head
 
-Letters in shape comments: B rows, T new positions, N tokens (B * T, or fewer where rows are padded), S
-positions seen (cached and new), D width, H query heads, G key/value heads, d width of a head.
-`python llama.py` shows the shapes of a small one.
+Letters in shape comments: B rows, T new positions, S positions seen (cached and new), D width, H query heads,
+G key/value heads, d width of a head. `python llama.py` shows the shapes of a small one.
 """
 
 import math
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import InputError, check, get_field, load_weights, read_json
+from common import InputError, check, get_field, read_json
+from weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+# Three arguments below, `prefix`, `real` and `wanted`, only save work. A first reading may take them for
+# None: what remains is the textbook's decoder. For example, four questions a to d about two photos, p and q:
+#
+#     prefix         rows                         x, with `real`                  the result, with `wanted`
+#
+#     p p p p p p    a a a a a   goes on from p   a a a a a b b c c c d d d d     a b c d
+#     q q q q q q    b b - - -   goes on from p   (N = 14, D)                     (the last token of each row)
+#                    c c c - -   goes on from q
+#                    d d d d -   goes on from q
+#
+# prefix: keys and values of a photo are kept once, and rows that go on from it share them.
+# real: only attention needs rows of one length, (B, T). All other layers treat each token by itself; they get
+#     a list of the N tokens that are no padding. `real` is where in the rows these are: (rows, columns).
+# wanted: an index of the tokens, in x as it is given, whose hidden states the caller needs. Of the others the
+#     last layer makes the keys and values alone.
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H/G query heads share a key/value head, so the cache is H/G times smaller."""
 
@@ -141,29 +158,39 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, past, prefix, real):
-        """-> what the heads found, which o_proj has still to mix, and the keys and values to cache."""
+    def forward(self, x, cos, sin, mask, past, prefix, real, wanted):
+        """x (B, T, D) -> what is added to x, of the same shape, and the keys and values to cache.
+
+        past, prefix: keys and values of what comes before, or None; prefix comes first.
+        """
         q, k, v = (pad(proj(x), real, mask).unflatten(-1, (-1, self.d)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, G, T, d)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        new = k, v
-        if prefix is not None:
-            k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)  # (B, G, S, d)
+        cached = append(past, (k, v))
+        k, v = append(prefix, cached)  # (B, G, S, d)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * d)
-        return y if real is None else y[real], new
+        return self.o_proj(pick(pick(y, real), wanted)), cached
+
+
+def append(before, new):
+    """Keys and values (B, G, ..., d) of some positions, or None, and of those that follow -> of all."""
+    return new if before is None else tuple(torch.cat(pair, dim=2) for pair in zip(before, new))
 
 
 def pad(x, real, mask):
-    """Puts tokens (N, W) where they belong in rows of one length: (B, T, W), 0 elsewhere. See Llama."""
+    """The inverse of x[real]: (N, width) -> (B, T, width), 0 where there is padding."""
     if real is None:
         return x
-    padded = x.new_zeros(mask.shape[0], mask.shape[2], x.shape[-1])
+    B, _, T, _ = mask.shape
+    padded = x.new_zeros(B, T, x.shape[-1])
     padded[real] = x
     return padded
+
+
+def pick(x, index):
+    return x if index is None else x[index]
 
 
 class MLP(nn.Module):
@@ -188,11 +215,10 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, mask, past=None, prefix=None, real=None, wanted=None):
-        found, new = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, prefix, real)
-        if wanted is not None:
-            x, found = x[wanted], found[wanted]
-        x = x + self.self_attn.o_proj(found)
-        return x + self.mlp(self.post_attention_layernorm(x)), new
+        """-> x behind this layer, and the keys and values to cache."""
+        y, cached = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, prefix, real, wanted)
+        x = pick(x, wanted) + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cached
 
 
 class Llama(nn.Module):
@@ -209,7 +235,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.checkpoint_activations = False  # keep block inputs alone, recompute the rest in the backward
 
-    def forward(self, x, positions=None, mask=None, cache=None, prefix=None, real=None, wanted=None):
+    def forward(self, x, positions=None, mask=None, cache=None, *, prefix=None, real=None, wanted=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D).
 
         positions (B, T), by default 0 ... T-1. mask (B, 1, T, S), True where a query may look; by default
@@ -217,34 +243,32 @@ class Llama(nn.Module):
         query with the first key.
 
         cache: {layer: (keys, values)}, each (B, G, slots, d), empty at first; every call appends to it.
-        prefix: (another cache, rows), what comes before: row b goes on from that cache's row rows[b]. It is
-        only read, so rows may share it; one layer at a time is copied for each.
-
-        real: where the N tokens that are not padding are, a pair of their rows and columns. Then x is (N, D)
-        and so is the result: only attention needs rows of one length, the rest treats each token by itself.
-        wanted: an index. The result is hidden[wanted]. The last layer then makes only keys and values of the
-        other tokens.
 
         The vocabulary's logits are lm_head(hidden), left to the caller: they are wanted at few positions, and
         each costs a product with the whole vocabulary.
+
+        The other arguments save work, see above Attention. prefix: (another cache, rows); row b goes on from
+        that cache's row rows[b]. real: x and the result are (N, D). wanted: the result is hidden[wanted].
         """
         x = x.to(self.norm.weight.dtype)  # embeddings that train are fp32
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (B, 1, T, d/2), fp32
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        shared, rows = prefix or ({}, None)
         for i, layer in enumerate(self.layers):
-            past = cache.get(i) if cache is not None else None
-            before = [t[rows] for t in shared[i]] if shared else None
+            before = None
+            if prefix is not None:  # copied for each row, one layer at a time
+                shared, rows = prefix
+                before = [t[rows] for t in shared[i]]
             is_last = i == len(self.layers) - 1
+            past = None if cache is None else cache.get(i)
             args = x, cos, sin, mask, past, before, real, wanted if is_last else None
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, new = checkpoint(layer, *args, use_reentrant=False)
+                x, cached = checkpoint(layer, *args, use_reentrant=False)
             else:
-                x, new = layer(*args)
+                x, cached = layer(*args)
             if cache is not None:  # replaced layer by layer, so that no more than one layer is held twice
-                cache[i] = new
+                cache[i] = cached
         return self.norm(x)
 
     @classmethod

@@ -58,8 +58,7 @@ class Locator:
     def __init__(self, checkpoint, decode="greedy", llm=None, vit=None, descriptions=None, dtype=None):
         contents = read_checkpoint(checkpoint)
         self.sets = read_sets(contents["descriptions"], checkpoint, descriptions)
-        *_, device = start_processes()
-        self.model, self.chat = load_trained(contents, device, llm, vit, dtype)
+        self.model, self.chat = load_trained(contents, start_processes().device, llm, vit, dtype)
         check_decoding(self.chat, decode)
         self.decode, self.size = decode, contents["args"]["image_size"]
 

@@ -54,10 +54,8 @@ class CapeLLM(nn.Module):
         Encoder = Hiera if kind == "hiera" else ViT
         vit = Encoder.load(vit_directory, image_size, torch.float32 if tune_vit == "full" else dtype, device)
         llama = Llama.load(llm_directory, torch.float32 if tune_llm == "full" else dtype, device)
-        for network, tune, names in (vit, tune_vit, ("q", "v")), (llama, tune_llm, ("q_proj", "v_proj")):
-            network.requires_grad_(tune == "full")
-            if tune == "lora":
-                add_lora(network, names)
+        adapt(vit, tune_vit, ("q", "v"))
+        adapt(llama, tune_llm, ("q_proj", "v_proj"))
         return cls(vit, llama, answers).to(device)
 
     def see(self, images):
@@ -74,8 +72,9 @@ class CapeLLM(nn.Module):
         the tokens are, row by row; None if answers are text. conversation (B, T): if a row packs several
         conversations about its photo, the number of the one that a token belongs to; 0 for BOS and "\\n".
 
-        The image tokens go between BOS and the rest, so token i > 0 is at position N + i. What predicts it is
-        the hidden state one position before. With N = 256:
+        The image tokens go between BOS and the rest, so token i > 0 is at position N + i. A token is read off
+        the hidden state one position before, which predicts it; a point off that of its <KEYPOINT>. With
+        N = 256:
 
             position   0     1 ... 256   257    258     259    260
             input      BOS   the photo   "\\n"   User    :      where
@@ -87,25 +86,36 @@ class CapeLLM(nn.Module):
         N = image.shape[1]
         positions, mask = (None, None) if conversation is None else separate(conversation, N)
 
-        # One row of logits is a product with the whole vocabulary (equation 5), and nine positions in ten are
-        # photo and questions. So hidden states and logits are made only where there is a label. A <KEYPOINT>
-        # is read at its own position.
-        tokens, labels = tokens[:, 1:], labels[:, 1:]  # (B, T-1)
-        learned, pointed = labels != IGNORE, tokens == self.llama.config.vocab_size
-        before, at = F.pad(learned, (N, 1)), F.pad(pointed, (N + 1, 0))  # their positions: (B, N + T)
-        wanted = before | at
+        # Hidden states and logits are made only where they are read: nine positions in ten are photo and
+        # questions, and each row of logits is a product with the whole vocabulary.
+        learned, pointed = labels[:, 1:] != IGNORE, tokens[:, 1:] == self.llama.config.vocab_size  # (B, T-1)
+        before, at = F.pad(learned, (N, 1)), F.pad(pointed, (N + 1, 0))  # the position before, or its own
+        wanted = before | at  # (B, N + T)
         hidden = self.llama(x, positions, mask, wanted=wanted)  # (wanted positions, D) (equation 4)
-        logits = self.llama.lm_head(hidden[before[wanted]]).float()  # (labels, vocabulary)
-        losses = F.cross_entropy(logits, labels[learned], reduction="none")
-        owner = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)  # (B, T-1)
+        logits = self.llama.lm_head(hidden[before[wanted]]).float()  # (labels, vocabulary) (equation 5)
+        losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
+
+        owner = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)  # (B, T)
         if conversation is not None:
-            owner = owner * (conversation.max() + 1) + conversation[:, 1:]
-        owners = owner[learned]
+            owner = owner * (conversation.max() + 1) + conversation
+        owners = owner[:, 1:][learned]
         if points is not None:  # the loss of a <KEYPOINT> is its distance along x and along y, averaged
             distances = (self.keypoint_head(hidden[at[wanted]].float()) - points).abs().mean(-1)
-            losses, owners = torch.cat((losses, distances)), torch.cat((owners, owner[pointed]))
-        n_labels = owners.bincount()
-        return (losses / n_labels[owners]).sum() / (n_labels > 0).sum()
+            losses, owners = torch.cat((losses, distances)), torch.cat((owners, owner[:, 1:][pointed]))
+        return average(losses, owners)
+
+
+def adapt(network, tune, names):
+    """Decides what of a network trains: "frozen", "lora" on the layers of these names, or "full"."""
+    network.requires_grad_(tune == "full")
+    if tune == "lora":
+        add_lora(network, names)
+
+
+def average(losses, owners):
+    """Averages losses over each conversation, then over conversations. owners: whose loss it is, a number."""
+    counts = owners.bincount()
+    return (losses / counts[owners]).sum() / (counts > 0).sum()
 
 
 def separate(conversation, N):

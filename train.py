@@ -16,7 +16,9 @@ import math
 import signal
 import sys
 import time
+from argparse import Namespace
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,29 +32,26 @@ from arguments import images_folder, parse_arguments
 from check import check_all, check_briefly
 from checkpoint import load_chat, load_model, load_optimizer, lock_folder, read_checkpoint, save_checkpoint
 from coco import read_coco, read_texts
-from common import InputError, Stop, loader_options, read_json, run, start_processes, stop_with
+from common import InputError, Process, Stop, loader_options, read_json, run, say, start_processes, stop_with
 from data import TrainingSet, collate, count_groups, normalize, plan_epoch
 from evaluate import Validation
 from log import Log
 from lora import trainable_state
-
-# of dense bf16 products, from data sheets
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A6000": 154.8, "4090": 165.2, "3090": 71}
-
+from model import CapeLLM
 
 # ------------------------------------------------------------------------------------------------------ data
 
 
-def read_data(args, say):
+def read_data(args):
     """-> instances with a photo, {id: Category}, and the descriptions as a checkpoint keeps them."""
     if args.annotations:
         texts = read_texts(args.descriptions) if args.descriptions else None
-        instances, descriptions = read_coco(args.annotations, args.images, texts, say)
+        instances, descriptions = read_coco(args.annotations, args.images, texts)
         if texts is None:
             say('warning: no --descriptions, so each keypoint has "the NAME of the CATEGORY"; words matter '
                 '(Table 3): give it texts.json, {"NAME": "where it is and what is beside it", ...}')
         if args.val:  # its categories may be others
-            _, of_val = read_coco(args.val, args.images, texts, say)
+            _, of_val = read_coco(args.val, args.images, texts)
             descriptions = {part: of_val[part] | own for part, own in descriptions.items()}
         categories = parse_descriptions(descriptions, args.annotations)
     else:
@@ -117,28 +116,30 @@ def seed_dropout(seed, number):
 # -------------------------------------------------------------------------------------------------- training
 
 
-def load_batches(instances, categories, chat, args, first_step, epoch_steps, rank, world, device):
-    """For each step of the run from first_step on, yields its epoch, micro-batches and examples.
+def load_batches(instances, categories, chat, args, steps, process):
+    """For each of `steps` (a range) of the run, yields its epoch, micro-batches and examples.
 
     The micro-batches are an iterator over this process's of the whole epoch, of which a step takes the next
     few. The examples are those of the step, of all processes.
     """
-    for epoch in range(first_step // epoch_steps, args.epochs):
+    epoch_steps = steps.stop // args.epochs
+    for epoch in range(steps.start // epoch_steps, args.epochs):
         examples = plan_epoch(instances, args.seed, epoch, args.rounds, args.pack)
         if not examples:
             data = args.annotations or f"{args.data}: split {args.split}"
             raise InputError(f"{data} has no visible keypoint to train on")
-        steps = range(max(0, first_step - epoch * epoch_steps), epoch_steps)
+        of_epoch = range(max(0, steps.start - epoch * epoch_steps), epoch_steps)
         loader = iter(DataLoader(
             TrainingSet(examples, categories, chat, images_folder(args), args.image_size), collate_fn=collate,
-            batch_sampler=list(micro_batches(len(examples), steps, args, rank, world)),
-            pin_memory=device.type == "cuda", **loader_options(args.workers)))
-        for step in steps:
+            batch_sampler=list(micro_batches(len(examples), of_epoch, args, process.rank, process.world)),
+            pin_memory=process.device.type == "cuda", **loader_options(args.workers)))
+        for step in of_epoch:
             yield epoch, loader, [examples[i] for i in indices_of(step, len(examples), args.batch)]
 
 
-def add_gradients(model, learner, loader, step, args, rank, world, device):
+def add_gradients(model, learner, loader, step, args, process):
     """Adds up this process's share of a step's gradients -> its mean loss, tokens, seconds without data."""
+    rank, world, device = process
     loss, n_tokens, waited = torch.zeros((), device=device), 0, 0.0
     accumulation = args.batch // (args.micro_batch * world)
     for i in range(accumulation):
@@ -156,50 +157,174 @@ def add_gradients(model, learner, loader, step, args, rank, world, device):
     return loss, n_tokens, waited
 
 
-def fit(model, optimizer, batches, first_step, steps, args, log, save, validate, rank, world, device):
-    """The training loop, up to the last step or the one in which the user stops it -> the steps done.
+@dataclass(frozen=True)
+class Training:
+    """The parts of a training run, and what it leaves while it runs."""
 
-    batches: what load_batches() yields. save(steps done) writes a checkpoint, in the first process;
-    validate(steps done) measures the network, in all together.
+    args: Namespace
+    process: Process
+    model: CapeLLM
+    optimizer: torch.optim.Optimizer
+    descriptions: dict  # the contents of a descriptions.json
+    validation: Validation | None
+    log: Log
+
+    def save(self, step, name="ckpt.pt"):
+        save_checkpoint(Path(self.args.out, name), args=vars(self.args), descriptions=self.descriptions,
+                        model=trainable_state(self.model), optimizer=self.optimizer.state_dict(), step=step)
+        self.log.draw()
+
+    def validate(self, step):
+        """Measures the network, in all processes together, and saves it if it is the best so far."""
+        score, n = self.validation.measure(self.model)
+        best = max((score for _, score in self.log.series("PCK@0.2")), default=-1)
+        self.log.write(step=step, **{"PCK@0.2": score, "objects": n})
+        if self.process.rank == 0:
+            tqdm.write(f"step {step:5d}  PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
+            if score > best:
+                self.save(step, "best.pt")
+
+
+def fit(training, batches, steps):
+    """The training loop over `steps`, a range -> how many steps are done, and the signal that ended it or 0.
+
+    batches: what load_batches() yields.
     """
+    args, model, optimizer = training.args, training.model, training.optimizer
+    rank, world, device = training.process
     learner = model
     if world > 1:
         learner = DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    with Stop() as stop, tqdm(total=steps, initial=first_step, disable=rank > 0, dynamic_ncols=True) as bar:
-        for step, (epoch, loader, examples) in enumerate(batches, first_step):
+    with (Stop() as stop,
+          tqdm(total=steps.stop, initial=steps.start, disable=rank > 0, dynamic_ncols=True) as bar):
+        for step, (epoch, loader, examples) in enumerate(batches, steps.start):
             began, done = time.perf_counter(), step + 1
-            loss, n_tokens, waited = add_gradients(model, learner, loader, step, args, rank, world, device)
+            loss, n_tokens, waited = add_gradients(model, learner, loader, step, args, training.process)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+            lr = learning_rate(step, steps.stop, args)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, args)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
 
-            sums = torch.stack([loss / world, torch.tensor(float(bool(stop.signal)), device=device)])
-            if world > 1:
-                dist.all_reduce(sums)
-            loss, is_stopped = sums.tolist()  # waits for the GPU, so that the clock below is right
-            seconds, norm = time.perf_counter() - began, norm.item()
+            loss, is_stopped = agree_on_loss(loss, stop.signal, world)
+            norm, seconds = norm.item(), time.perf_counter() - began  # the GPU has finished by now
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                refuse_step(done, loss, norm, examples, log)
+                refuse_step(done, loss, norm, examples, training.log)
+            training.log.write(
+                step=done, epoch=epoch + 1, loss=loss, lr=lr, norm=norm,
+                tokens_per_second=round(n_tokens * world / seconds), gib=peak_memory(device),
+                seconds=round(seconds, 3), waited=round(waited / seconds, 3))
             bar.update()
-            log.write(step=done, epoch=epoch + 1, loss=loss, lr=group["lr"], norm=norm,
-                      tokens_per_second=round(n_tokens * world / seconds), gib=peak_memory(device),
-                      seconds=round(seconds, 3), waited=round(waited / seconds, 3))
-            if rank == 0 and (done % args.log_every == 0 or done == steps):
-                bar.write(f"step {done:5d}  epoch {epoch + 1:2d}  loss {loss:.4f}  "
-                          f"lr {group['lr']:.2e}  |grad| {norm:.3f}  "
-                          f"{n_tokens * world / seconds:,.0f} tokens/s"
+            if rank == 0 and is_due(done, args.log_every, steps):
+                bar.write(f"step {done:5d}  epoch {epoch + 1:2d}  loss {loss:.4f}  lr {lr:.2e}  "
+                          f"|grad| {norm:.3f}  {n_tokens * world / seconds:,.0f} tokens/s"
                           f"{memory_and_mfu(model, n_tokens / seconds, device)}")
-            if args.validate and not is_stopped and (done % args.validate == 0 or done == steps):
-                validate(done)
-            if rank == 0 and (done % args.save_every == 0 or done == steps or is_stopped):
-                save(done)
-            if is_stopped and done < steps:
+            if not is_stopped and is_due(done, args.validate, steps):
+                training.validate(done)
+            if rank == 0 and (is_stopped or is_due(done, args.save_every, steps)):
+                training.save(done)
+            if is_stopped and done < steps.stop:
                 return done, stop.signal or signal.SIGTERM
-    return steps, 0
+    return steps.stop, 0
+
+
+def is_due(done, every, steps):
+    """Whether to do now what is done every so many steps, never if that is 0, and at the end."""
+    return every and (done % every == 0 or done == steps.stop)
+
+
+def agree_on_loss(loss, signal_number, world):
+    """Each process's loss and signal -> the mean loss, and whether any was told to stop."""
+    sums = torch.stack([loss / world, torch.tensor(float(bool(signal_number)), device=loss.device)])
+    if world > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+# --------------------------------------------------------------------------------------------------- program
+
+
+def load_network(args, checkpoint, device):
+    """-> the network and its optimizer, fresh or as the checkpoint left them."""
+    model = load_model(args, device, checkpoint)
+    optimizer = make_optimizer(model, args, device)
+    if checkpoint:
+        load_optimizer(optimizer, checkpoint["optimizer"], args.resume)
+    model.llama.checkpoint_activations = args.checkpoint_activations
+    if args.compile:
+        for block in [*model.vit.blocks, *model.llama.layers]:
+            block.compile(dynamic=True)
+    return model, optimizer
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    if args.check:
+        return check_all(args)
+    process = start_processes()
+    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    path = Path(args.out, "ckpt.pt")
+    if path.exists() and not (args.fresh or checkpoint and path.samefile(args.resume)):
+        raise InputError(f"{path} exists: go on from it with --resume {path}, or choose another --out")
+    if args.batch % (args.micro_batch * process.world):
+        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} "
+                         f"x {process.world} processes")
+
+    chat, data = load_chat(args), read_data(args)
+    instances, *_ = data
+    n_examples = sum(1 if args.pack else count_groups(len(o.keypoints), args.rounds) for o in instances)
+    steps = range(checkpoint["step"] if checkpoint else 0, args.epochs * math.ceil(n_examples / args.batch))
+    agree_on_step(steps.start, process.world, process.device)
+    if not steps:
+        return say(f"finished already, after {steps.start} steps: {args.resume}")
+    train(args, process, chat, data, checkpoint, steps)
+
+
+def train(args, process, chat, data, checkpoint, steps):
+    """Trains for `steps`, a range, in a folder that no other run is using. data: what read_data() gave."""
+    instances, categories, descriptions = data
+    validation = Validation(args, chat, categories, process) if args.validate else None
+    folder = Path(args.out)
+    lock = lock_folder(folder, args.fresh) if process.rank == 0 else None  # held until this function ends
+    log = Log(folder if lock else None, steps.start)
+    check_briefly(args)
+    model, optimizer = load_network(args, checkpoint, process.device)
+    say(f"{len(instances)} objects of {len({o.category_id for o in instances})} categories, "
+        f"{steps.stop} steps in {args.epochs} epochs")
+    say(f"batch {args.batch} = micro-batch {args.micro_batch} x {process.world} processes "
+        f"x {args.batch // (args.micro_batch * process.world)} accumulated, on {process.device}")
+    describe_parameters(model)
+    if steps.start:
+        say(f"goes on from step {steps.start}: {args.resume}")
+
+    batches = load_batches(instances, categories, chat, args, steps, process)
+    training = Training(args, process, model, optimizer, descriptions, validation, log)
+    done, signal_number = fit(training, batches, steps)
+    path = folder / "ckpt.pt"
+    if signal_number:
+        is_same = not args.fresh and args.resume in (None, str(path))
+        say(f"stopped after step {done} of {steps.stop}; to go on: "
+            f"{'the same command again' if is_same else f'--resume {path}'}")
+        if process.world > 1:
+            dist.barrier()  # until the first process has saved: torchrun ends all where one has ended
+        stop_with(signal_number)
+    say(f"done: {path}")
+
+
+# -------------------------------------------------------------------------------------- checks and measures
+
+
+def agree_on_step(step, world, device):
+    """InputError if the processes, on several machines, do not all go on from the same step."""
+    if world > 1:
+        moments = torch.tensor([step, step ** 2], dtype=torch.float64, device=device)
+        dist.all_reduce(moments)
+        total, squares = moments.tolist()
+        if total ** 2 != world * squares:  # they are equal where the variance is 0
+            raise InputError("not all machines see the same checkpoint: --out must be on a disk they share")
 
 
 def refuse_step(done, loss, norm, examples, log):
@@ -212,7 +337,7 @@ def refuse_step(done, loss, norm, examples, log):
                      "start again with a lower --lr or with --clip 1")
 
 
-def describe_parameters(model, say):
+def describe_parameters(model):
     """Says how many parameters of each part train."""
     parts = {"vit": model.vit, "projection": model.projection, "llm": model.llama,
              "head": model.keypoint_head}
@@ -221,6 +346,10 @@ def describe_parameters(model, say):
             trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
             total = sum(p.numel() for p in part.parameters())
             say(f"{name:10} {trained:>13,} of {total:>13,} parameters train")
+
+
+# TFLOP/s of dense bf16 products, from data sheets
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A6000": 154.8, "4090": 165.2, "3090": 71}
 
 
 def peak_memory(device):
@@ -249,103 +378,6 @@ def memory_and_mfu(model, tokens_per_second, device):
                 weights = sum(p.numel() for p in model.llama.layers.parameters())
                 text += f"  MFU {4 * weights * tokens_per_second / peak / 1e12:.0%}"
     return text
-
-
-# --------------------------------------------------------------------------------------------------- program
-
-
-def agree_on_step(step, world, device):
-    """InputError if the processes, on several machines, do not all go on from the same step."""
-    if world > 1:
-        moments = torch.tensor([step, step ** 2], dtype=torch.float64, device=device)
-        dist.all_reduce(moments)
-        total, squares = moments.tolist()
-        if total ** 2 != world * squares:  # they are equal where the variance is 0
-            raise InputError("not all machines see the same checkpoint: --out must be on a disk they share")
-
-
-def load_network(args, checkpoint, device, say):
-    """-> the network and its optimizer, fresh or as the checkpoint left them."""
-    model = load_model(args, device, checkpoint, say)
-    optimizer = make_optimizer(model, args, device)
-    if checkpoint:
-        load_optimizer(optimizer, checkpoint["optimizer"], args.resume)
-    model.llama.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        for block in [*model.vit.blocks, *model.llama.layers]:
-            block.compile(dynamic=True)
-    return model, optimizer
-
-
-def main(argv):
-    args = parse_arguments(argv)
-    if args.check:
-        return check_all(args)
-    rank, world, device = start_processes()
-    say = print if rank == 0 else lambda *_: None
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
-    path = Path(args.out, "ckpt.pt")
-    if path.exists() and not (args.fresh or checkpoint and path.samefile(args.resume)):
-        raise InputError(f"{path} exists: go on from it with --resume {path}, or choose another --out")
-    if args.batch % (args.micro_batch * world):
-        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} "
-                         f"x {world} processes")
-
-    # ---- data
-    chat = load_chat(args)
-    instances, categories, descriptions = read_data(args, say)
-    n_examples = sum(1 if args.pack else count_groups(len(o.keypoints), args.rounds) for o in instances)
-    epoch_steps = math.ceil(n_examples / args.batch)
-    step, steps = checkpoint["step"] if checkpoint else 0, args.epochs * epoch_steps
-    agree_on_step(step, world, device)
-    if step >= steps:
-        return say(f"finished already, after {step} steps: {args.resume}")
-    data = (instances, categories, chat, descriptions)
-    train(args, data, checkpoint, step, epoch_steps, rank, world, device, say)
-
-
-def train(args, data, checkpoint, step, epoch_steps, rank, world, device, say):
-    """A run from `step` on. data: instances, categories, chat, the contents of descriptions.json."""
-    instances, categories, chat, descriptions = data
-    path, steps = Path(args.out, "ckpt.pt"), args.epochs * epoch_steps
-    validation = Validation(args, chat, categories, rank, world) if args.validate else None
-    lock = lock_folder(path.parent, args.fresh) if rank == 0 else None  # held until this function ends
-    log = Log(path.parent if lock else None, step)
-    check_briefly(args)
-    model, optimizer = load_network(args, checkpoint, device, say)
-    say(f"{len(instances)} objects of {len({o.category_id for o in instances})} categories, "
-        f"{steps} steps in {args.epochs} epochs")
-    say(f"batch {args.batch} = micro-batch {args.micro_batch} x {world} processes "
-        f"x {args.batch // (args.micro_batch * world)} accumulated, on {device}")
-    describe_parameters(model, say)
-    if step:
-        say(f"goes on from step {step}: {args.resume}")
-
-    def save(step, name="ckpt.pt"):
-        save_checkpoint(path.with_name(name), args=vars(args), descriptions=descriptions,
-                        model=trainable_state(model), optimizer=optimizer.state_dict(), step=step)
-        log.draw()
-
-    def validate(step):
-        score, n = validation.measure(model)
-        best = max((score for _, score in log.series("PCK@0.2")), default=-1)
-        log.write(step=step, **{"PCK@0.2": score, "objects": n})
-        if rank == 0:
-            tqdm.write(f"step {step:5d}  PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
-            if score > best:
-                save(step, "best.pt")
-
-    batches = load_batches(instances, categories, chat, args, step, epoch_steps, rank, world, device)
-    done, signal_number = fit(
-        model, optimizer, batches, step, steps, args, log, save, validate, rank, world, device)
-    if signal_number:
-        is_same = not args.fresh and args.resume in (None, str(path))
-        say(f"stopped after step {done} of {steps}; to go on: "
-            f"{'the same command again' if is_same else f'--resume {path}'}")
-        if world > 1:
-            dist.barrier()  # until the first process has saved: torchrun ends all where one has ended
-        stop_with(signal_number)
-    say(f"done: {path}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, get_field, load_weights, read_json
+from common import InputError, get_field, read_json
+from weights import load_weights
 
 
 @dataclass(frozen=True)

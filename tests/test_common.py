@@ -32,6 +32,7 @@ from common import (
 from data import Crop
 from llama import Llama
 from vit import ViT
+from weights import load_weights
 
 # -------------------------------------------------------------------------------------------------- programs
 
@@ -394,7 +395,7 @@ def test_fused_tensors_are_cut_in_order_and_what_is_not_needed_is_left(tmp_path)
 
     def rename(key):
         return [] if key == "unused" else ["q", "k", "v"]
-    common.load_weights(model, tmp_path, rename, torch.float64, "cpu")
+    load_weights(model, tmp_path, rename, torch.float64, "cpu")
     assert all(p.dtype == torch.float64 for p in model.parameters())
     assert torch.equal(torch.cat([model[name] for name in "qkv"]), rows.double())
 

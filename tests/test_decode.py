@@ -375,12 +375,12 @@ def test_a_row_that_leaves_the_format_forgets_what_it_read(folder):
     kept = [distributions is not None for _, distributions in said]
     assert kept[2] and not all(kept)
 
-    assert fast.counts.sum(1).tolist() == plain.counts.sum(1).tolist()
+    assert fast.real.sum(1).tolist() == plain.real.sum(1).tolist()
     before = 1 + 16 + 1
     read = [before + len(question + tokens[:-1]) for question, tokens in zip(questions[0], expected)]
-    assert fast.counts.sum(1).tolist() == read  # the last token is not read yet
+    assert fast.real.sum(1).tolist() == read  # the last token is not read yet
     assert len(fast.cache) == len(model.llama.layers)
-    assert all(k.shape[2] == fast.counts.shape[1] - before for k, _ in fast.cache.values())
+    assert all(k.shape[2] == fast.real.shape[1] - before for k, _ in fast.cache.values())
 
     blocks = [[*tokens[-1:], *question] for tokens, question in zip(expected, reversed(questions[0]))]
     states = fast.read(blocks)[:, 0]
@@ -428,7 +428,7 @@ def test_what_conversations_begin_with_is_kept_once():
     kept = [sum(tensor.nbytes for layer in cache.values() for tensor in layer)
             for cache in (conversations.beginnings, conversations.cache)]
     assert kept == [40 * slot, 50 * 2 * slot]
-    assert conversations.counts.shape == (50, 42)
+    assert conversations.real.shape == (50, 42)
 
 
 def small_llama(n_layers=4):
@@ -461,7 +461,7 @@ def test_no_more_than_one_layer_of_the_cache_is_held_twice(act):
     conversations.read([[5] * 40, [6] * 40])
     conversations.cache = WatchedCache(conversations.cache)
     act(conversations)
-    slots = conversations.counts[:, 1:].numel()
+    slots = conversations.real[:, 1:].numel()
     a_layer = slots * 2 * (2 * 8) * 4  # keys and values; two heads of 8; four bytes each
     held = sum(tensor.nbytes for layer in conversations.cache.values() for tensor in layer)
     assert held == 4 * a_layer

@@ -123,11 +123,12 @@ def test_padded_rows_of_different_lengths_share_a_prefix(base, skips_padding):
     base(base.embed_tokens(prefix), cache=shared)
     rows, x = torch.zeros(3, dtype=torch.long), base.embed_tokens(questions)  # all go on from its only row
     positions = (7 + torch.arange(5)).expand(3, -1)
-    first = base(x[real] if real else x, positions, mask[:, :, 7:12, :12], cache, (shared, rows), real)
+    first = base(x[real] if real else x, positions, mask[:, :, 7:12, :12], cache, prefix=(shared, rows),
+                 real=real)
     first = first if real else first[is_real]  # (10, D)
     positions = 7 + lengths[:, None] + torch.arange(2)
     x, one = base.embed_tokens(more), torch.tensor([[True, False]]).expand(3, 2)
-    second = base(x, positions, mask[:, :, 12:], cache, (shared, rows), wanted=one)  # (3, D)
+    second = base(x, positions, mask[:, :, 12:], cache, prefix=(shared, rows), wanted=one)  # (3, D)
     assert sizes == [7, 10 if skips_padding else 15, 3]
     assert shared[0][0].shape == (1, 2, 7, 16)  # the photo's own cache is as it was
     assert cache[0][0].shape == (3, 2, 5 + 2, 16)

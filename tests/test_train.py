@@ -35,6 +35,7 @@ from programs import (
 import evaluate
 import train
 from chat import INSTRUCTIONS, PRETRAINING
+from common import Process
 from model import CapeLLM
 
 PROJECTION = {"projection.weight", "projection.bias"}
@@ -145,7 +146,7 @@ def test_gradients_are_exchanged_once_a_step(trained, monkeypatch):
         model.register_forward_hook(lambda *_: events.append("forward"))
         return model
 
-    monkeypatch.setattr(train, "start_processes", lambda: (0, 2, CPU))
+    monkeypatch.setattr(train, "start_processes", lambda: Process(0, 2, CPU))
     monkeypatch.setattr(train, "DistributedDataParallel", learner)
     monkeypatch.setattr(train.dist, "all_reduce", lambda loss: None)
     trained("--batch", 6, "--epochs", 1)
