@@ -180,14 +180,19 @@ class Partial:
             raise InputError(f"{self.path}: cannot be written ({e})") from None
 
 
-def identify(args, instances, categories, images):
-    """A text that stands for all that an evaluation's answers depend on; of photos, size and date."""
-    weights = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+def identify(args, checkpoint, instances, categories, images):
+    """A text that stands for all that an evaluation's answers depend on; of photos, size and date.
+
+    The weights are those that were read: a training that goes on may have written others since.
+    """
+    weights = hashlib.sha256(repr(checkpoint["args"]).encode())
+    for name, weight in checkpoint["model"].items():
+        weights.update(name.encode() + weight.flatten().view(torch.uint8).numpy().tobytes())
     photos = {photo: Path(images, photo).stat() for photo in {o.photo for o in instances}}
     asked = [(o.annotation_id, o.box, categories[o.category_id].keypoints, o.photo, photos[o.photo].st_size,
               photos[o.photo].st_mtime_ns) for o in instances]
     how = (args.llm, args.vit, args.dtype, args.constrained, args.cumulative, args.decode)
-    return hashlib.sha256(repr((weights, asked, how)).encode()).hexdigest()
+    return hashlib.sha256(repr((weights.hexdigest(), asked, how)).encode()).hexdigest()
 
 
 def ask_checkpoint(args, checkpoint, instances, categories, images):
@@ -198,7 +203,8 @@ def ask_checkpoint(args, checkpoint, instances, categories, images):
     rank, world, device = start_processes()
     model, chat = load_trained(checkpoint, device, args.llm, args.vit, args.dtype)
     check_decoding(chat, args.decode, args.constrained)
-    kept = Partial(find_folder(args), identify(args, instances, categories, images), rank)
+    kept = Partial(find_folder(args), identify(args, checkpoint, instances, categories, images),
+                   rank)
     if kept.results and rank == 0:
         print(f"goes on with {len(kept.results)} of {len(instances)} objects done")
     results = ask_together(

@@ -12,6 +12,7 @@ accumulate. Everything random is drawn from (seed, epoch, example) or from (seed
 so a restart or the number of workers changes nothing, and the number of processes only the rounding.
 """
 
+import hashlib
 import math
 import signal
 import sys
@@ -62,6 +63,21 @@ def read_data(args, say):
         instances = read_instances(annotations, categories)
     instances = keep_readable(instances, images_folder(args), categories, args.allow_missing)
     return instances, categories, descriptions
+
+
+def refuse_other_data(checkpoint, instances, descriptions, args, argv):
+    """Notes in args what data these are. InputError if a run would silently go on with others.
+
+    With --resume on the command line it may. The run of a checkpoint without such a note may, too.
+    """
+    seen = [(o.annotation_id, o.category_id, o.photo, o.box, o.keypoints.tolist(), o.visible.tolist())
+            for o in instances]
+    args.data_digest = hashlib.sha256(repr((seen, descriptions)).encode()).hexdigest()
+    trained = checkpoint["args"].get("data_digest", args.data_digest) if checkpoint else args.data_digest
+    if trained != args.data_digest and not any(word.startswith("--resume") for word in argv):
+        raise InputError(f"{args.resume}: its run had other objects, photos or descriptions than there are "
+                         f"now. To go on with these, say --resume {args.resume}; to start anew, --fresh or "
+                         "another --out")
 
 
 # -------------------------------------------------------------------------------------------------- schedule
@@ -193,9 +209,11 @@ def fit(model, optimizer, batches, first_step, steps, args, log, save, validate,
                           f"lr {group['lr']:.2e}  |grad| {norm:.3f}  "
                           f"{n_tokens * world / seconds:,.0f} tokens/s"
                           f"{memory_and_mfu(model, n_tokens / seconds, device)}")
-            if args.validate and not is_stopped and (done % args.validate == 0 or done == steps):
+            if rank == 0 and is_stopped:  # before the validation, for which there may be no time
+                save(done)
+            if args.validate and (done % args.validate == 0 or done == steps):
                 validate(done)
-            if rank == 0 and (done % args.save_every == 0 or done == steps or is_stopped):
+            if rank == 0 and not is_stopped and (done % args.save_every == 0 or done == steps):
                 save(done)
             if is_stopped and done < steps:
                 return done, stop.signal or signal.SIGTERM
@@ -294,6 +312,7 @@ def main(argv):
     # ---- data
     chat = load_chat(args)
     instances, categories, descriptions = read_data(args, say)
+    refuse_other_data(checkpoint, instances, descriptions, args, argv)
     n_examples = sum(1 if args.pack else count_groups(len(o.keypoints), args.rounds) for o in instances)
     epoch_steps = math.ceil(n_examples / args.batch)
     step, steps = checkpoint["step"] if checkpoint else 0, args.epochs * epoch_steps
