@@ -110,12 +110,11 @@ def save_checkpoint(path, **contents):
                          "free some space; the same command goes on") from None
 
 
-def lock_folder(folder, fresh=False):
+def lock_folder(folder):
     """Makes the folder of a run and keeps other runs out -> an open file, whose end is that of the lock.
 
     The operating system takes the lock back when the process ends, in whatever way. Unfinished files of a run
-    that was killed are removed, and with `fresh` its checkpoints. InputError if the folder is in use or
-    cannot be written into.
+    that was killed are removed. InputError if the folder is in use or cannot be written into.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +138,7 @@ def lock_folder(folder, fresh=False):
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
-    for name in UNFINISHED + (("ckpt.pt", "best.pt") if fresh else ()):
+    for name in UNFINISHED:
         (folder / name).unlink(missing_ok=True)
     return lock
 

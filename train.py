@@ -328,10 +328,13 @@ def train(args, data, checkpoint, step, epoch_steps, rank, world, device, say):
     instances, categories, chat, descriptions = data
     path, steps = Path(args.out, "ckpt.pt"), args.epochs * epoch_steps
     validation = Validation(args, chat, categories, rank, world) if args.validate else None
-    lock = lock_folder(path.parent, args.fresh) if rank == 0 else None  # held until this function ends
-    log = Log(path.parent if lock else None, step)
+    lock = lock_folder(path.parent) if rank == 0 else None  # held until this function ends
     check_briefly(args)
     model, optimizer = load_network(args, checkpoint, device, say)
+    if lock and args.fresh:  # as late as here, where all that could be refused has been
+        for name in "ckpt.pt", "best.pt":
+            path.with_name(name).unlink(missing_ok=True)
+    log = Log(path.parent if lock else None, step)
     say(f"{len(instances)} objects of {len({o.category_id for o in instances})} categories, "
         f"{steps} steps in {args.epochs} epochs")
     say(f"batch {args.batch} = micro-batch {args.micro_batch} x {world} processes "

@@ -208,6 +208,16 @@ def test_fresh_starts_anew_but_not_when_torchrun_restarts_it(arguments, tmp_path
     assert "finished already" in capsys.readouterr().out
 
 
+def test_fresh_deletes_no_checkpoint_if_the_run_cannot_start(arguments, tmp_path):
+    train.main(arguments("--epochs", 1))
+    checkpoint, other = tmp_path / "run/ckpt.pt", tmp_path / "other.pt"
+    before = checkpoint.read_bytes()
+    other.write_bytes(b"none")
+    for start, reason in (checkpoint, "--fresh would delete"), (other, "not a checkpoint"):
+        assert reason in refused(train, arguments("--fresh", "--init", start))
+        assert checkpoint.read_bytes() == before and steps_in_log(tmp_path / "run") == [1, 2, 3, 4]
+
+
 def test_machines_that_see_different_checkpoints_are_refused(monkeypatch):
     device = torch.device("cpu")
     for other, is_fine in (7, True), (6, False), (0, False):
