@@ -138,6 +138,9 @@ def parse_arguments(argv):
     data = Path(args.annotations).stem if args.annotations else f"split{args.split}"
     args.out = args.out or (f"runs/pretrain-{args.pretrain}" if args.pretrain else f"runs/{data}")
 
+    start = args.init or args.init_projection
+    if args.fresh and start and Path(start).absolute().parent == Path(args.out).absolute():
+        parser.error(f"--fresh would delete {start}, which the run starts from; choose another --out")
     path = Path(args.out, "ckpt.pt")
     restarted_by_torchrun = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if path.exists() and (restarted_by_torchrun or not (is_given or args.fresh)):

@@ -8,6 +8,7 @@ before the weights are loaded, which takes no time; the photos, all of which are
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections import Counter
@@ -19,9 +20,9 @@ from tqdm import tqdm
 
 from annotations import UNREADABLE, open_photo, parse_descriptions, read_instances
 from arguments import images_folder
-from checkpoint import load_chat
+from checkpoint import load_chat, load_model
 from coco import read_coco, read_texts
-from common import InputError, read_json
+from common import InputError, read_json, write_whole
 from hiera import Hiera, HieraConfig
 from llama import Llama, LlamaConfig
 from model import CapeLLM, adapt
@@ -78,7 +79,7 @@ def check_photos(args, instances, categories):
                                       "photos", len(photos), leave=False, dynamic_ncols=True)))
     missing = [photo for photo in photos if not whole[photo]]
     if args.missing_list:
-        Path(args.missing_list).write_text("".join(f"{photo}\n" for photo in missing), encoding="utf-8")
+        write_whole(args.missing_list, "".join(f"{photo}\n" for photo in missing).encode())
     if not missing:
         print(f"{len(photos):,} photos, all there and whole")
         return []
@@ -183,6 +184,8 @@ def describe_disk(args):
     folder = Path(args.out).absolute()
     while not folder.exists():
         folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder}: cannot be written into; choose another --out")
     free, needed = shutil.disk_usage(folder).free, size * (3 if args.validate else 2)
     line = f"{args.out}: a checkpoint takes {size / 1e9:.2f} GB, {free / 1e9:,.1f} GB are free"
     return line, f"{line}, {needed / 1e9:.2f} are needed" if free < needed else ""
@@ -232,12 +235,16 @@ def check_all(args):
         categories = attempt(lambda: parse_descriptions(read_json(args.descriptions), args.descriptions))
         instances, found = check_annotations(args, categories) if categories else ([], [])
     problems += found + (check_photos(args, instances, categories) if instances else [])
-    for directory in args.vit, args.llm:
-        if size := attempt(check_weights, directory):
+    sizes = {directory: attempt(check_weights, directory) for directory in (args.vit, args.llm)}
+    for directory, size in sizes.items():
+        if size:
             print(f"{directory}: weights of {size / 1e9:.2f} GB, whole")
+    if all(sizes.values()):
+        attempt(load_model, args, "meta")  # are the tensors those that config.json asks for?
     attempt(load_chat, args)  # does the tokenizer fit the LLM's vocabulary?
     line, problem = attempt(describe_disk, args) or ("", "")
-    print(line)
+    if line:
+        print(line)
     problems += [problem] if problem else []
     problems += attempt(check_memory, args) or []
     problems = list(dict.fromkeys(problems))

@@ -110,11 +110,11 @@ def save_checkpoint(path, **contents):
                          "free some space; the same command goes on") from None
 
 
-def lock_folder(folder, fresh=False):
-    """Makes the folder of a run and keeps other runs out -> an open file; the lock ends when it is closed.
+def lock_folder(folder):
+    """Makes the folder of a run and keeps other runs out -> an open file, whose end is that of the lock.
 
-    Unfinished files of a run that was killed are removed, and with `fresh` its checkpoints. InputError if the
-    folder is in use or cannot be written into.
+    The operating system takes the lock back when the process ends, in whatever way. Unfinished files of a run
+    that was killed are removed. InputError if the folder is in use or cannot be written into.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def lock_folder(folder, fresh=False):
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
-    for path in (folder / name for name in UNFINISHED + (("ckpt.pt", "best.pt") if fresh else ())):
+    for path in (folder / name for name in UNFINISHED):
         if path.is_dir() and not path.is_symlink():
             raise InputError(f"{path}: is a folder, where a file goes; move it away")
         path.unlink(missing_ok=True)

@@ -194,14 +194,19 @@ class PartialResults:
             raise InputError(f"{self.path}: cannot be written ({e})") from None
 
 
-def fingerprint(args, instances, categories, images):
-    """A text that stands for all that an evaluation's answers depend on; of photos, size and date."""
-    weights = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+def fingerprint(args, checkpoint, instances, categories, images):
+    """A text that stands for all that an evaluation's answers depend on; of photos, size and date.
+
+    The weights are those that were read: a training that goes on may have written others since.
+    """
+    weights = hashlib.sha256(repr(checkpoint["args"]).encode())
+    for name, weight in checkpoint["model"].items():
+        weights.update(name.encode() + weight.flatten().view(torch.uint8).numpy().tobytes())
     photos = {photo: Path(images, photo).stat() for photo in {o.photo for o in instances}}
     asked = [(o.annotation_id, o.box, categories[o.category_id].keypoints, o.photo, photos[o.photo].st_size,
               photos[o.photo].st_mtime_ns) for o in instances]
     how = (args.llm, args.vit, args.dtype, args.constrained, args.cumulative, args.decode)
-    return hashlib.sha256(repr((weights, asked, how)).encode()).hexdigest()
+    return hashlib.sha256(repr((weights.hexdigest(), asked, how)).encode()).hexdigest()
 
 
 def ask_checkpoint(args, checkpoint, instances, categories, images):
@@ -212,7 +217,8 @@ def ask_checkpoint(args, checkpoint, instances, categories, images):
     process = start_processes()
     model, chat = load_trained(checkpoint, process.device, args.llm, args.vit, args.dtype)
     check_decoding(chat, args.decode, args.constrained)
-    kept = PartialResults(find_folder(args), fingerprint(args, instances, categories, images), process.rank)
+    kept = PartialResults(find_folder(args), fingerprint(args, checkpoint, instances, categories, images),
+                          process.rank)
     if kept.results:
         say(f"goes on with {len(kept.results)} of {len(instances)} objects done")
     photos = Photos(instances, images, checkpoint["args"]["image_size"])

@@ -12,6 +12,7 @@ accumulate. Everything random is drawn from (seed, epoch, example) or from (seed
 so a restart or the number of workers changes nothing, and the number of processes only the rounding.
 """
 
+import hashlib
 import math
 import signal
 import sys
@@ -61,6 +62,21 @@ def read_data(args):
         instances = read_instances(annotations, categories)
     instances = keep_readable(instances, images_folder(args), categories, args.allow_missing)
     return instances, categories, descriptions
+
+
+def refuse_other_data(checkpoint, instances, descriptions, args, argv):
+    """Notes in args what data these are. InputError if a run would silently go on with others.
+
+    With --resume on the command line it may. The run of a checkpoint without such a note may, too.
+    """
+    seen = [(o.annotation_id, o.category_id, o.photo, o.box, o.keypoints.tolist(), o.visible.tolist())
+            for o in instances]
+    args.data_digest = hashlib.sha256(repr((seen, descriptions)).encode()).hexdigest()
+    trained = checkpoint["args"].get("data_digest", args.data_digest) if checkpoint else args.data_digest
+    if trained != args.data_digest and not any(word.startswith("--resume") for word in argv):
+        raise InputError(f"{args.resume}: its run had other objects, photos or descriptions than there are "
+                         f"now. To go on with these, say --resume {args.resume}; to start anew, --fresh or "
+                         "another --out")
 
 
 # -------------------------------------------------------------------------------------------------- schedule
@@ -222,9 +238,11 @@ def fit(training, batches, steps):
                 bar.write(f"step {done:5d}  epoch {epoch + 1:2d}  loss {loss:.4f}  lr {lr:.2e}  "
                           f"|grad| {norm:.3f}  {n_tokens * world / seconds:,.0f} tokens/s"
                           f"{memory_and_mfu(model, n_tokens / seconds, device)}")
-            if not is_stopped and is_due(done, args.validate, steps):
+            if rank == 0 and is_stopped:  # before the validation, for which there may be no time
+                training.save(done)
+            if is_due(done, args.validate, steps):
                 training.validate(done)
-            if rank == 0 and (is_stopped or is_due(done, args.save_every, steps)):
+            if rank == 0 and not is_stopped and is_due(done, args.save_every, steps):
                 training.save(done)
             if is_stopped and done < steps.stop:
                 return done, stop.signal or signal.SIGTERM
@@ -274,7 +292,8 @@ def main(argv):
                          f"x {process.world} processes")
 
     chat, data = load_chat(args), read_data(args)
-    instances, *_ = data
+    instances, _, descriptions = data
+    refuse_other_data(checkpoint, instances, descriptions, args, argv)
     n_examples = sum(1 if args.pack else count_groups(len(o.keypoints), args.rounds) for o in instances)
     steps = range(checkpoint["step"] if checkpoint else 0, args.epochs * math.ceil(n_examples / args.batch))
     agree_on_step(steps.start, process.world, process.device)
@@ -288,10 +307,13 @@ def train(args, process, chat, data, checkpoint, steps):
     instances, categories, descriptions = data
     validation = Validation(args, chat, categories, process) if args.validate else None
     folder = Path(args.out)
-    lock = lock_folder(folder, args.fresh) if process.rank == 0 else None  # held until this function ends
-    log = Log(folder if lock else None, steps.start)
+    lock = lock_folder(folder) if process.rank == 0 else None  # held until this function ends
     check_briefly(args)
     model, optimizer = load_network(args, checkpoint, process.device)
+    if lock and args.fresh:  # as late as here, where all that could be refused has been
+        for name in "ckpt.pt", "best.pt":
+            (folder / name).unlink(missing_ok=True)
+    log = Log(folder if lock else None, steps.start)
     say(f"{len(instances)} objects of {len({o.category_id for o in instances})} categories, "
         f"{steps.stop} steps in {args.epochs} epochs")
     say(f"batch {args.batch} = micro-batch {args.micro_batch} x {process.world} processes "

@@ -6,28 +6,35 @@ Nothing here comes from the paper, so a reader may skip this file.
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from common import InputError, check, get_field, read_json
 
 
 def load_weights(model, directory, rename, dtype, device):
-    """Fills `model`, which was built on the meta device, from the safetensors of a folder.
+    """Fills `model`, built on the meta device, from the safetensors of a folder as the hub lays it out.
 
     rename(key) returns a list of our names for a tensor of the file. An empty list skips it. If there are
     several names, the file has fused them, and its rows are cut into that many equal parts. Loading is
     strict: every parameter must be found exactly once and in its own shape, and nothing else. InputError
     names the tensor at fault. Each tensor goes to its device and type before the next is read, so host memory
-    never holds more than the model and one shard.
+    never holds more than the model and one shard. For the device "meta", only names and shapes are looked at.
     """
     index, shards = find_shards(Path(directory))
     wanted, loaded = dict(model.named_parameters()), {}
+    is_meta = str(device) == "meta"
+
+    def read(file, key):
+        shape = file.get_slice(key).get_shape()
+        return torch.empty(shape, device=device) if is_meta else file.get_tensor(key)
+
     for path in shards:
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt", device="cpu" if is_meta else str(device)) as file:
                 for key in file.keys():
                     names = rename(key)
-                    for name, part in zip(names, file.get_tensor(key).chunk(len(names)) if names else []):
+                    for name, part in zip(names, read(file, key).chunk(len(names)) if names else []):
                         check_tensor(path, key, name, part.shape, wanted, loaded)
                         loaded[name] = part.to(dtype)
         except (OSError, SafetensorError) as e:

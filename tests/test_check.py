@@ -74,6 +74,18 @@ def test_weights_that_are_not_whole_are_found_before_they_are_loaded(checked, tm
     assert code == 2 and "tokenizer.json: not a readable tokenizer.json" in said
 
 
+def test_weights_of_another_config_are_found_by_their_names_and_shapes(checked, tmp_path):
+    for folder, key, value in ("llm", "intermediate_size", 80), ("vit", "num_hidden_layers", 3):
+        path = tmp_path / "weights" / folder / "config.json"
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | {key: value}))
+        code, said = checked()
+        assert code == 2 and said.count("problem: ") == 1
+        assert ("config.json asks for (32, 80)" if folder == "llm" else "tensors are missing") in said
+        path.write_text(before)
+    assert "image size 60 is not a multiple" in checked("--image-size", 60)[1]
+
+
 def test_a_tokenizer_of_another_vocabulary_is_found(checked, tmp_path):
     path = tmp_path / "weights/llm/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 1000}))
@@ -85,6 +97,16 @@ def test_a_full_disk_is_found(checked, monkeypatch):
     monkeypatch.setattr(check.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     code, said = checked()
     assert code == 2 and "out: a checkpoint takes 0.00 GB, 0.0 GB are free, 0.00 are needed" in said
+
+
+def test_folders_that_cannot_be_written_into_are_found(checked, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    line = refused(train, to_train(tmp_path / "weights", tmp_path / "data", tmp_path / "out", "--check",
+                                   "--missing-list", tmp_path / "file/missing.txt"))
+    assert "file/missing.txt: cannot be written" in line
+    monkeypatch.setattr(check.os, "access", lambda folder, mode: False)
+    code, said = checked()
+    assert code == 2 and f"problem: {tmp_path}: cannot be written into" in said
 
 
 def test_memory_and_checkpoints_on_paper_are_those_of_reproduce(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,24 @@ def test_a_signal_finishes_the_step_and_the_same_command_goes_on(
     assert path.read_bytes() == finished and not (tmp_path / "other").exists()
 
 
+def test_a_run_stopped_at_a_validation_has_saved_and_validates_all_the_same(arguments, tmp_path, monkeypatch):
+    annotations, saved = tmp_path / "data/annotations", []
+    shutil.copy(annotations / "mp100_split1_test.json", annotations / "mp100_split1_val.json")
+    measure = train.Validation.measure
+
+    def look_and_measure(self, model):
+        saved.append(read_checkpoint(tmp_path / "run")["step"])
+        return measure(self, model)
+    monkeypatch.setattr(train.Validation, "measure", look_and_measure)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        kill_in_step(2, signal.SIGTERM, patch)
+        train.main(arguments("--validate", 3))
+    free_frames(stop.value)
+    train.main(arguments("--validate", 3))
+    assert Log(tmp_path / "run", 8).series("objects") == [(3, 6), (6, 6), (8, 6)]
+    assert saved == [3, 5, 7]  # only a run that is being stopped saves first
+
+
 def test_the_second_ctrl_c_acts_at_once():
     with pytest.raises(KeyboardInterrupt), Stop() as stop:
         assert stop.signal == 0
@@ -160,6 +179,24 @@ def test_arguments_that_change_the_result_are_named_and_others_may_differ(argume
     assert "give only one of them" in refused(train, ["--resume", "a.pt", "--fresh"])
 
 
+def test_other_data_are_refused_unless_the_checkpoint_is_named(arguments, tmp_path, capsys):
+    train.main(arguments("--epochs", 1))
+    checkpoint, descriptions = tmp_path / "run/ckpt.pt", tmp_path / "data/descriptions.json"
+    annotations = tmp_path / "data/annotations/mp100_split1_train.json"
+    for path, old, new in (descriptions, "the roof of", "the top of"), (annotations, "[10, 15, 56, 50]",
+                                                                        "[10, 15, 56, 49]"):
+        before = path.read_text()
+        assert old in before
+        path.write_text(before.replace(old, new))
+        line = refused(train, arguments("--epochs", 1))
+        assert f"{checkpoint}: its run had other objects" in line and f"--resume {checkpoint}" in line
+        path.write_text(before)
+    train.main(arguments("--epochs", 1))
+    descriptions.write_text(descriptions.read_text().replace("the roof of", "the top of"))
+    train.main(arguments("--epochs", 1, "--resume", checkpoint))
+    assert capsys.readouterr().out.count("finished already") == 2
+
+
 def test_fresh_starts_anew_but_not_when_torchrun_restarts_it(arguments, tmp_path, monkeypatch, capsys):
     train.main(arguments("--epochs", 1))
     train.main(arguments("--epochs", 1, "--seed", 1, "--fresh"))
@@ -169,6 +206,16 @@ def test_fresh_starts_anew_but_not_when_torchrun_restarts_it(arguments, tmp_path
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main(arguments("--epochs", 1, "--seed", 1, "--fresh"))
     assert "finished already" in capsys.readouterr().out
+
+
+def test_fresh_deletes_no_checkpoint_if_the_run_cannot_start(arguments, tmp_path):
+    train.main(arguments("--epochs", 1))
+    checkpoint, other = tmp_path / "run/ckpt.pt", tmp_path / "other.pt"
+    before = checkpoint.read_bytes()
+    other.write_bytes(b"none")
+    for start, reason in (checkpoint, "--fresh would delete"), (other, "not a checkpoint"):
+        assert reason in refused(train, arguments("--fresh", "--init", start))
+        assert checkpoint.read_bytes() == before and steps_in_log(tmp_path / "run") == [1, 2, 3, 4]
 
 
 def test_machines_that_see_different_checkpoints_are_refused(monkeypatch):

@@ -507,6 +507,32 @@ def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch
     assert asked == [1, 1, 1, *6 * [1]]
 
 
+def test_answers_belong_to_the_weights_that_were_read(checkpoint, tmp_path, monkeypatch):
+    """Not to those that a training may have put in their place since."""
+    path = tmp_path / "ckpt.pt"
+    shutil.copy(checkpoint / "ckpt.pt", path)
+    keys, make = [], evaluate.Partial
+
+    def note(folder, key, rank):
+        keys.append(key)
+        return make(folder, key, rank)
+
+    def load_late(contents, *rest):
+        path.write_bytes(b"of a later step")
+        return load(contents, *rest)
+    load = evaluate.load_trained
+    monkeypatch.setattr(evaluate, "Partial", note)
+    evaluate.main(command_line(path, "--out", tmp_path / "a", "--workers", 0))
+    monkeypatch.setattr(evaluate, "load_trained", load_late)
+    evaluate.main(command_line(path, "--out", tmp_path / "b", "--workers", 0))
+    contents = torch.load(checkpoint / "ckpt.pt", weights_only=True)
+    contents["model"]["projection.bias"][0] += 1e-3
+    torch.save(contents, path)
+    monkeypatch.setattr(evaluate, "load_trained", load)
+    evaluate.main(command_line(path, "--out", tmp_path / "c", "--workers", 0))
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_a_batch_that_is_too_large_for_the_memory_is_halved(
         evaluated, checkpoint, tmp_path, monkeypatch, capsys):
     evaluated("--constrained")

@@ -20,6 +20,7 @@ from mp100 import make_mp100
 from PIL import Image
 
 from annotations import read_descriptions
+from common import read_json
 from toyworld.creatures import draw_toy
 
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "REPRODUCE.md")}
@@ -68,7 +69,7 @@ def folder(tiny, tmp_path_factory):
     Image.fromarray(noise).save(folder / "photo.jpg")
     draw_toy(folder / "runs/toy", 0, {"train": (3, 4), "val": (1, 2), "test": (2, 3)})
     toy = torch.load(ROOT / "assets/toy/ckpt.pt", weights_only=True)
-    toy["descriptions"] = json.loads((folder / "runs/toy/descriptions.json").read_text())  # of fewer creatures
+    toy["descriptions"] = read_json(folder / "runs/toy/descriptions.json")  # of fewer creatures
     torch.save(toy, folder / "runs/toy/ckpt.pt")
 
     blocks = dict(re.findall(r"here `([^`\n]+\.json)`:\n+```json\n(.*?)```", TEXTS["README.md"], re.S))
