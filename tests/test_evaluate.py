@@ -511,7 +511,7 @@ def test_answers_belong_to_the_weights_that_were_read(checkpoint, tmp_path, monk
     """Not to those that a training may have put in their place since."""
     path = tmp_path / "ckpt.pt"
     shutil.copy(checkpoint / "ckpt.pt", path)
-    keys, make = [], evaluate.Partial
+    keys, make = [], evaluate.PartialResults
 
     def note(folder, key, rank):
         keys.append(key)
@@ -521,7 +521,7 @@ def test_answers_belong_to_the_weights_that_were_read(checkpoint, tmp_path, monk
         path.write_bytes(b"of a later step")
         return load(contents, *rest)
     load = evaluate.load_trained
-    monkeypatch.setattr(evaluate, "Partial", note)
+    monkeypatch.setattr(evaluate, "PartialResults", note)
     evaluate.main(command_line(path, "--out", tmp_path / "a", "--workers", 0))
     monkeypatch.setattr(evaluate, "load_trained", load_late)
     evaluate.main(command_line(path, "--out", tmp_path / "b", "--workers", 0))
