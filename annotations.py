@@ -129,20 +129,22 @@ def check_categories(entries, categories, path):
     """
     for entry in entries:
         if entry["id"] in categories:
-            category = categories[entry["id"]]
-            ours = [plain(name) for name, _ in category.keypoints]
-            place = f"{path}: category {entry['id']}"
-            names = check(entry.get("keypoints", []), f"{place}: keypoints", list, 0)
-            theirs = [plain(str(name)) for name in names] or ours
-            if plain(name := str(entry.get("name", category.name))) != plain(category.name):
-                raise InputError(f"{place} is {name}, but {category.name} in the descriptions")
-            if len(theirs) != len(ours):
-                raise InputError(f"{place}, {name}, has {len(theirs)} keypoints, but {len(ours)} "
-                                 "descriptions")
-            for k, (here, there) in enumerate(zip(theirs, ours)):
-                if here != there and here in ours:
-                    raise InputError(f"{place}, {name}: keypoint {k + 1} is {entry['keypoints'][k]}, but "
-                                     f"{category.keypoints[k][0]} in the descriptions")
+            check_category(entry, categories[entry["id"]], path)
+
+
+def check_category(entry, category, path):
+    place, name = f"{path}: category {entry['id']}", str(entry.get("name", category.name))
+    named = check(entry.get("keypoints", []), f"{place}: keypoints", list, 0)
+    ours = [plain(keypoint) for keypoint, _ in category.keypoints]
+    theirs = [plain(str(keypoint)) for keypoint in named] or ours
+    if plain(name) != plain(category.name):
+        raise InputError(f"{place} is {name}, but {category.name} in the descriptions")
+    if len(theirs) != len(ours):
+        raise InputError(f"{place}, {name}, has {len(theirs)} keypoints, but {len(ours)} descriptions")
+    for k, (their, our) in enumerate(zip(theirs, ours)):
+        if their != our and their in ours:
+            raise InputError(f"{place}, {name}: keypoint {k + 1} is {named[k]}, but "
+                             f"{category.keypoints[k][0]} in the descriptions")
 
 
 def make_instance(annotation, photo, categories, path):
@@ -198,7 +200,7 @@ def keep_readable(instances, images, categories, allow_missing):
     readable = {}
     for photo in {instance.photo for instance in instances}:
         try:
-            open_photo(Path(images, photo)).close()
+            open_image(Path(images, photo)).close()
             readable[photo] = True
         except UNREADABLE:
             readable[photo] = False
@@ -217,8 +219,8 @@ def refuse_missing(instances, images, categories, allow_missing):
                          f"{instances[0].photo}; complete the folder or leave them out with --allow-missing")
 
 
-def open_photo(path):
-    """As Image.open(), for regular files alone: one could wait for a pipe for ever."""
+def open_image(path):
+    """Image.open() for regular files alone: one could wait for a pipe for ever."""
     if Path(path).exists() and not Path(path).is_file():
         raise OSError("it is not a regular file")
     return Image.open(path)

@@ -219,7 +219,8 @@ class Chat:
         answers = [self.encode(spell((v / 1000, v / 1000))) for v in range(1000)]
         if len({tuple(answer) for answer in answers}) < 1000:
             raise InputError(f"{self.path}: has no tokens for some digits; is it a Llama's tokenizer?")
-        choices = [i for i, column in enumerate(zip(*answers)) if len(set(column)) > 1]  # they differ here
+        # the model chooses where answers differ: in " [" "0" "." "123" "," "0" "." "123" "]" at 3 and 7
+        choices = [i for i, column in enumerate(zip(*answers)) if len(set(column)) > 1]
         if len(choices) in (2, 6) and len(set(map(len, answers))) == 1:
             last, n_digits = choices[-1], 1000 if len(choices) == 2 else 10
             digits = [answer[last] for answer in answers[:n_digits]]  # 000 ... 999, or 0 ... 9

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from annotations import UNREADABLE, open_photo, parse_descriptions, read_instances
+from annotations import UNREADABLE, open_image, parse_descriptions, read_instances
 from arguments import images_folder
 from checkpoint import load_chat, load_model
 from coco import read_coco, read_texts
@@ -63,7 +63,7 @@ def describe_shortfall(annotations):
 def is_whole(photo):
     """Whether a photo can be decoded to its last pixel."""
     try:
-        with open_photo(photo) as image:
+        with open_image(photo) as image:
             image.load()
         return True
     except UNREADABLE:

@@ -77,10 +77,11 @@ def is_sound(tensor, shape=None):
 
 def load_optimizer(optimizer, saved, path):
     """Gives AdamW a checkpoint's averages of gradients. Its settings stay those of the run's arguments."""
-    own, groups, state = optimizer.state_dict()["param_groups"], saved.get("param_groups"), saved.get("state")
+    own = optimizer.state_dict()["param_groups"]
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
-    fits = isinstance(state, dict) and isinstance(groups, list) and len(groups) == len(own)
-    if not (fits and all(i in shapes and are_averages(state[i], shapes[i]) for i in state)):
+    groups, state = saved.get("param_groups"), saved.get("state")
+    is_alike = isinstance(groups, list) and len(groups) == len(own) and isinstance(state, dict)
+    if not (is_alike and all(i in shapes and are_averages(state[i], shapes[i]) for i in state)):
         raise InputError(f"{path}: its optimizer is not of such a run; start anew")
     optimizer.load_state_dict({"state": state, "param_groups": own})
 
@@ -186,16 +187,20 @@ def start_from(model, weights, projection_alone):
 
     ValueError if the projection is missing or of another width: such weights are of other networks.
     """
-    load_trainable_state(model.projection, {name.removeprefix("projection."): weight for name, weight
-                                            in weights.items() if name.startswith("projection.")})
+    def is_projection(name):
+        return name.startswith("projection.")
+
+    projection = {name.removeprefix("projection."): weights[name] for name in filter(is_projection, weights)}
+    load_trainable_state(model.projection, projection)
     own = trainable_state(model)
     taken = [name for name in own if name in weights and own[name].shape == weights[name].shape
-             and (name.startswith("projection.") or not projection_alone)]
+             and (is_projection(name) or not projection_alone)]
     for name in taken:
         own[name].copy_(weights[name])
-    left, new = ([name for name in names if name not in taken] for names in (weights, own))
-    return ", ".join(f"{len(names)} tensors {what} ({names[0]}{', ...' if names[1:] else ''})"
-                     for what, names in (("taken", taken), ("not taken", left), ("start anew", new)) if names)
+    fates = {"taken": taken, "not taken": [name for name in weights if name not in taken],
+             "start anew": [name for name in own if name not in taken]}
+    return ", ".join(f"{len(names)} tensors {fate} ({names[0]}{', ...' if names[1:] else ''})"
+                     for fate, names in fates.items() if names)
 
 
 def load_chat(args):

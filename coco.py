@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 
-from annotations import MAX_PIXELS, UNREADABLE, make_instance, open_photo, parse_descriptions, plain
+from annotations import MAX_PIXELS, UNREADABLE, make_instance, open_image, parse_descriptions, plain
 from common import InputError, read_json, run, say, write_json
 
 ORIENTATION = 0x0112  # the EXIF entry that says how a viewer turns a photo; 1 is not at all
@@ -44,7 +44,8 @@ def read_coco(path, images, texts=None, say=say):
     for annotation in annotations.values():
         check_annotation(annotation, photos, categories, path)
     labelled = [annotation for annotation in annotations.values() if labelled_points(annotation)]
-    read_headers({o["image_id"]: photos[o["image_id"]] for o in labelled}.values(), images, path, say)
+    shown = {annotation["image_id"]: photos[annotation["image_id"]] for annotation in labelled}
+    complete_photos(shown.values(), images, path, say)
 
     descriptions = describe(categories, texts, path)
     parsed = parse_descriptions(descriptions, path)
@@ -143,15 +144,16 @@ def find_box(annotation, photo):
     return x, y, max(xs) + margin - x, max(ys) + margin - y
 
 
-def read_headers(photos, images, path, say):
-    """Fills in sizes that the file lacks, puts names in order, and warns of photos that viewers turn."""
+def complete_photos(photos, images, path, say):
+    """Puts file names in order, fills in sizes that the file lacks, and warns of photos that viewers turn."""
     turned = []
     for photo in photos:
         name = photo["file_name"] = photo["file_name"].replace("\\", "/")
         if PureWindowsPath(name).anchor:
             raise InputError(f"{path}: the photo {name} is not relative to the folder --images")
         size, is_turned = (None, False) if images is None else read_header(Path(images, name))
-        turned += [name] if is_turned else []
+        if is_turned:
+            turned.append(name)
         for k, field in enumerate(("width", "height")):
             if not photo.get(field):
                 if images is None:
@@ -167,7 +169,7 @@ def read_headers(photos, images, path, say):
 def read_header(path):
     """-> a photo's size as stored, and whether viewers turn it; None, False if it cannot be read."""
     try:
-        with open_photo(path) as photo:
+        with open_image(path) as photo:
             return photo.size, "exif" in photo.info and photo.getexif().get(ORIENTATION, 1) != 1
     except UNREADABLE:
         return None, False

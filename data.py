@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from annotations import MAX_PIXELS, UNREADABLE, Instance, open_photo
+from annotations import MAX_PIXELS, UNREADABLE, Instance, open_image
 from chat import IGNORE, Scene
 from common import InputError
 
@@ -69,7 +69,7 @@ def open_reduced(path, side, size):
     unrotated pixels.
     """
     try:
-        with open_photo(path) as photo:
+        with open_image(path) as photo:
             width = photo.width
             photo.draft(None, [math.ceil(2 * size / side * n) for n in photo.size])
             photo.load()

@@ -128,12 +128,12 @@ def answer_plainly(conversations, questions, answer_format):
 def answer_in_format(conversations, questions, answer_format, constrained=False):
     """A pass for each choice, with the tokens that are known before it fed along. Every row keeps the format.
 
-    -> R answers; for each, whether the model would have said just this; and the distributions over
-    answer_format.digits that its choices were made from. constrained: the model is not asked what it would
-    have said, so nothing is computed but the logits of digits.
+    -> R answers; for each, whether greedy decoding agrees, that is, would have said just this; and the
+    distributions over answer_format.digits that its choices were made from. constrained: what greedy decoding
+    would have said is left open, so nothing is computed but the logits of digits.
     """
     llama, answers, unread = conversations.llama, [[] for _ in questions], questions
-    own, distributions = torch.ones(len(questions), dtype=torch.bool), [[] for _ in questions]
+    agrees, distributions = torch.ones(len(questions), dtype=torch.bool), [[] for _ in questions]
     digits = torch.tensor(answer_format.digits, device=conversations.real.device)
     for known in answer_format.known:
         # The last positions of a block predict the known tokens and then the choice:
@@ -149,12 +149,12 @@ def answer_in_format(conversations, questions, answer_format, constrained=False)
         choice = digits[scores.argmax(-1)].tolist()
         said = [known + [digit] for digit in choice]
         if not constrained:
-            own &= (logits.argmax(-1).cpu() == torch.tensor(said)).all(1)
+            agrees &= (logits.argmax(-1).cpu() == torch.tensor(said)).all(1)
         for r, p in enumerate(scores.softmax(-1).cpu().numpy()):
             answers[r] += said[r]
             distributions[r].append(p)
         unread = [[digit] for digit in choice]
-    return answers, own.tolist(), distributions
+    return answers, agrees.tolist(), distributions
 
 
 def answer_questions(conversations, questions, answer_format, constrained=False):
@@ -164,10 +164,11 @@ def answer_questions(conversations, questions, answer_format, constrained=False)
     constrained: keep to the format in any case.
     """
     start, R = conversations.real.shape[1], len(questions)
-    answers, own, distributions = [None] * R, [False] * R, [None] * R
+    answers, agrees, distributions = [None] * R, [False] * R, [None] * R
     if answer_format.known:
-        answers, own, distributions = answer_in_format(conversations, questions, answer_format, constrained)
-    others = [r for r in range(R) if not own[r]]
+        answers, agrees, distributions = answer_in_format(
+            conversations, questions, answer_format, constrained)
+    others = [r for r in range(R) if not agrees[r]]
     if others:
         conversations.forget(others, start)
         asked = [question if r in others else [] for r, question in enumerate(questions)]
@@ -186,8 +187,8 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False, c
     questions one after another in one conversation, with the model's answers between them, not all at once.
     """
     conversations = read_photos(model, images, chat)
-    rows = list(range(len(images)))  # the photo of each conversation
-    unread = [[] for _ in images]  # what was said in it but not yet read
+    photo_of = list(range(len(images)))  # of each conversation
+    unread = [[] for _ in images]  # what was said in each but not yet read
     if chat.opening:  # what is in the photo?
         said = answer_questions(conversations, [chat.opening] * len(images), chat.words)
         unread = [chat.words.still_to_read(words) for words, _ in said]
@@ -198,18 +199,18 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False, c
                  for turn in range(max(map(len, questions), default=0))]
     predictions = [[] for _ in images]
     for turn in filter(None, turns):
-        sources = [rows.index(p) for p, _ in turn]  # the conversation that each question continues
-        conversations.select(sources)
-        rows = [p for p, _ in turn]
-        asked = [unread[r] + question for r, (_, question) in zip(sources, turn)]
+        rows = [photo_of.index(p) for p, _ in turn]  # the conversation that each question continues
+        conversations.select(rows)
+        photo_of = [p for p, _ in turn]
+        asked = [unread[r] + question for r, (_, question) in zip(rows, turn)]
         if chat.keypoint is None:
             said = answer_questions(conversations, asked, chat.coordinates, constrained)
-            unread = [chat.coordinates.still_to_read(tokens) for tokens, _ in said]
+            unread = [chat.coordinates.still_to_read(answer) for answer, _ in said]
             found = [read_coordinates(*one, chat, decode) for one in said]
         else:
             found = point_out(model, conversations, asked, chat)
             unread = [[chat.eos] for _ in asked]
-        for p, prediction in zip(rows, found):
+        for p, prediction in zip(photo_of, found):
             predictions[p].append(prediction)
     return predictions
 

@@ -130,12 +130,12 @@ def assemble(picture, marks, texts, radius, skeleton=(), leaders=(), box=()):
     return canvas
 
 
-def show_object(photo, box, labels, predicted, annotated, confidence, width, height, whole_from=0.5):
-    """What is shown of a photo, at most width x height -> picture, marks, corners of the box."""
+def show_object(photo, box, labels, predicted, annotated, confidence, room, whole_from=0.5):
+    """What is shown of a photo, at most `room` (width, height) -> picture, marks, corners of the box."""
     points = [p for p in (*predicted, *annotated) if p is not None]
     view = choose_view(photo.size, box, points, whole_from)
     x, y, w, h = *view[:2], view[2] - view[0], view[3] - view[1]
-    scale = min(width / w, height / h)
+    scale = min(room[0] / w, room[1] / h)
     size = max(1, round(w * scale)), max(1, round(h * scale))
     picture = photo.resize(size, Image.Resampling.LANCZOS, box=view)
 
@@ -204,7 +204,7 @@ def draw_points(photo, box, category, predicted, annotated=None, confidence=None
                for p in predicted]
     labels = [[(f"{name} (outside)" if out else name, INK)] for name, out in zip(names, outside)]
     picture, marks, corners = show_object(photo, box, labels, predicted, annotated or [None] * K,
-                                          confidence or [None] * K, size, size)
+                                          confidence or [None] * K, (size, size))
     (width, height), radius = picture.size, size / (130 if K <= MOST_LEADERS else 200)
     if K > MOST_LEADERS:
         texts, leaders = write_numbers(marks, radius, picture.size, letters)
@@ -233,8 +233,8 @@ def draw_tile(photo, box, category, predicted, annotated, confidence, height=360
     labels = [[(spell_name(name, k, letters, width), INK),
                *((line, GRAY) for line in (wrap(text, letters, width) if few else ()))]
               for k, (name, text) in enumerate(category.keypoints)]
-    picture, marks, _ = show_object(photo, box, labels, predicted, annotated, confidence, 2 * height, height,
-                                    whole_from=math.inf)
+    picture, marks, _ = show_object(photo, box, labels, predicted, annotated, confidence,
+                                    (2 * height, height), whole_from=math.inf)
     texts, leaders = [write((0, -1.2 * letters), fit(category.name, title, picture.width), title)], []
     gap = letters * (1.2 * max(map(len, labels)) + 0.5)
     if few and gap * len(marks) <= picture.height:

@@ -28,7 +28,6 @@ from checkpoint import load_trained, read_checkpoint
 from coco import list_texts, read_coco, read_texts, replace_texts
 from common import (
     InputError,
-    is_first,
     loader_options,
     make_folder,
     natural,
@@ -56,21 +55,21 @@ def check_decoding(chat, decode, constrained=False):
                          "leave it out")
 
 
-def predict(model, chat, crops, images, categories, cumulative=False, **how):
-    """Asks for all keypoints of photos. images uint8 (P, 3, size, size), the pixels of `crops`.
+def predict(model, chat, crops, pixels, categories, cumulative=False, **how):
+    """Asks for all keypoints of P photos -> for each photo a list of Predictions, points in its pixels.
 
-    crops, images and categories have one entry for each photo. -> for each photo a list of Predictions, with
-    points in pixels of the photo. how: see decode.locate().
+    crops, pixels and categories have one entry for each photo. pixels uint8 (P, 3, size, size): what the
+    crops show. how: see decode.locate().
     """
     device = model.projection.weight.device
     questions = [chat.questions(category, cumulative) for category in categories]
-    predictions = locate(model, normalize(images.to(device)), questions, chat, cumulative=cumulative, **how)
+    predictions = locate(model, normalize(pixels.to(device)), questions, chat, cumulative=cumulative, **how)
     return [[replace(p, point=p.point and tuple(crop.to_photo(p.point).tolist())) for p in of_photo]
             for crop, of_photo in zip(crops, predictions)]
 
 
 class Photos(torch.utils.data.Dataset):
-    """Instances -> (index, image of the crop), the image None if the photo cannot be read.
+    """Instances -> (index, pixels of the crop), which are None if the photo cannot be read.
 
     images: the folder of the photos. size: of a crop, in pixels.
     """
@@ -106,33 +105,32 @@ def make_batches(instances, n_questions):
     return batches
 
 
-def predict_within_memory(model, chat, crops, images, categories, **how):
+def predict_within_memory(model, chat, crops, pixels, categories, **how):
     """predict(), and where a GPU's memory does not suffice, for half of the photos and then the others."""
     try:
-        return predict(model, chat, crops, images, categories, **how)
+        return predict(model, chat, crops, pixels, categories, **how)
     except torch.OutOfMemoryError:
         if len(crops) == 1:
             raise
     torch.cuda.empty_cache()
     n = len(crops) // 2
     tqdm.write(f"out of memory with {len(crops)} photos at a time: goes on with {n} (--batch says how many)")
-    halves = (crops[:n], images[:n], categories[:n]), (crops[n:], images[n:], categories[n:])
+    halves = (crops[:n], pixels[:n], categories[:n]), (crops[n:], pixels[n:], categories[n:])
     return [found for half in halves for found in predict_within_memory(model, chat, *half, **how)]
 
 
-def predict_instances(model, chat, instances, categories, batches, **how):
-    """Asks about batches of (index, image) -> for each {index: Predictions}, None for an unreadable photo."""
-    for batch in batches:
-        results = {i: None for i, image in batch if image is None}
-        batch = [(i, image) for i, image in batch if image is not None]
-        if batch:
-            indices, images = zip(*batch)
-            found = predict_within_memory(
-                model, chat, [crop_of(instances[i]) for i in indices], torch.stack(images),
-                [categories[instances[i].category_id] for i in indices], **how)
-            for i, predictions in zip(indices, found):  # without the distributions, 16 kB a keypoint
-                results[i] = [replace(prediction, x=None, y=None) for prediction in predictions]
-        yield results
+def predict_batch(model, chat, batch, instances, categories, **how):
+    """Asks about a batch of what Photos gives -> {index: Predictions}, None for an unreadable photo."""
+    results = {i: None for i, _ in batch}
+    readable = [(i, crop) for i, crop in batch if crop is not None]
+    if readable:
+        indices, pixels = zip(*readable)
+        found = predict_within_memory(
+            model, chat, [crop_of(instances[i]) for i in indices], torch.stack(pixels),
+            [categories[instances[i].category_id] for i in indices], **how)
+        for i, predictions in zip(indices, found):  # without the distributions, 16 kB a keypoint
+            results[i] = [replace(prediction, x=None, y=None) for prediction in predictions]
+    return results
 
 
 def ask_together(model, chat, photos, categories, batches, process, workers, kept=None, **how):
@@ -144,8 +142,8 @@ def ask_together(model, chat, photos, categories, batches, process, workers, kep
     own = [[i for i in batch if i not in results] for batch in batches[process.rank::process.world]]
     loader = DataLoader(photos, batch_sampler=[batch for batch in own if batch], collate_fn=list,
                         **loader_options(workers))
-    progress = tqdm(loader, disable=process.rank > 0, dynamic_ncols=True, leave=kept is not None)
-    for found in predict_instances(model, chat, photos.instances, categories, progress, **how):
+    for batch in tqdm(loader, disable=process.rank > 0, dynamic_ncols=True, leave=kept is not None):
+        found = predict_batch(model, chat, batch, photos.instances, categories, **how)
         results |= found
         if kept:
             kept.write(found)
@@ -182,7 +180,7 @@ class PartialResults:
             pass
 
     def write(self, found):
-        """Adds what predict_instances() gave, but for unreadable photos."""
+        """Adds what predict_batch() gave, but for unreadable photos."""
         lines = [{"key": self.key, "instance": i,
                   "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
                  for i, of_photo in found.items() if of_photo]
@@ -251,12 +249,21 @@ class Validation:
         results = ask_together(model, self.chat, self.photos, self.categories, batches, self.process,
                                self.workers)
         model.train()
-        read = [(self.photos.instances[i], results[i]) for i in sorted(results) if results[i]]
-        if not read:
-            raise InputError(f"{self.photos.images}: no readable photos to validate on")
-        instances, found = zip(*read)
-        shares = pck_of_queries(instances, [[p.point for p in of_photo] for of_photo in found])
-        return shares.mean(0)[THRESHOLDS.index(0.2)].item(), len(read)
+        instances, predictions = keep_answered(self.photos.instances, results, self.photos.images)
+        shares = pck_of_queries(instances, points_of(predictions))
+        return shares.mean(0)[THRESHOLDS.index(0.2)].item(), len(instances)
+
+
+def keep_answered(instances, results, images):
+    """-> the instances whose photo could be read, and their Predictions. results: as ask_together() gives."""
+    answered = [i for i in range(len(instances)) if results[i]]
+    if not answered:
+        raise InputError(f"{images}: no readable photos to evaluate on")
+    return [instances[i] for i in answered], [results[i] for i in answered]
+
+
+def points_of(predictions):
+    return [[prediction.point for prediction in of_photo] for of_photo in predictions]
 
 
 # --------------------------------------------------------------------------------------------------- program
@@ -347,23 +354,28 @@ def main(argv):
     instances, categories, annotations, images, facts = read_data(args, checkpoint, trained)
     if not instances:
         raise InputError(f"{annotations}: no object to evaluate")
-    if "split" in facts and is_first() and (shortfall := describe_shortfall(annotations)):
-        print(shortfall)
+    if "split" in facts and (shortfall := describe_shortfall(annotations)):
+        say(shortfall)
     facts |= {"cumulative": True} if args.cumulative else {}
     if args.score:
-        predicted = read_predictions(args.score, instances, args.allow_missing)
-        known = [i for i, points in enumerate(predicted) if points is not None]
-        if not known:
-            raise InputError(f"{args.score}: no prediction for any object of {annotations}")
-        if len(known) < len(instances):
-            facts["without prediction"] = len(instances) - len(known)
-        instances, predicted = [instances[i] for i in known], [predicted[i] for i in known]
-        report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
-        print_report(report)
-        if args.report:
-            write_json(args.report, report)
+        score(args, instances, categories, annotations, facts)
     else:
         evaluate_checkpoint(args, checkpoint, instances, categories, images, annotations, facts)
+
+
+def score(args, instances, categories, annotations, facts):
+    """Reports on the predictions of a file, without a network."""
+    predicted = read_predictions(args.score, instances, args.allow_missing)
+    known = [i for i, points in enumerate(predicted) if points is not None]
+    if not known:
+        raise InputError(f"{args.score}: no prediction for any object of {annotations}")
+    if len(known) < len(instances):
+        facts["without prediction"] = len(instances) - len(known)
+    instances, predicted = [instances[i] for i in known], [predicted[i] for i in known]
+    report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
+    print_report(report)
+    if args.report:
+        write_json(args.report, report)
 
 
 def find_folder(args):
@@ -381,22 +393,19 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
         return
     broken = [instance for i, instance in enumerate(instances) if results[i] is None]
     refuse_missing(broken, images, categories, args.allow_missing)
-    read = [i for i in range(len(instances)) if results[i]]
-    if not read:
-        raise InputError(f"{images}: no readable photos to evaluate on")
-    instances, predictions = [instances[i] for i in read], [results[i] for i in read]
-    predicted = [[prediction.point for prediction in of_photo] for of_photo in predictions]
+    instances, predictions = keep_answered(instances, results, images)
+    predicted = points_of(predictions)
     facts["malformed"] = sum(point is None for points in predicted for point in points)
     facts["without photo"] = n_annotated - len(instances)
     report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
     print_report(report)
     out = find_folder(args)
     write_json(args.report or out / "report.json", report)
+    confidence = [[prediction.confidence for prediction in of_photo] for of_photo in predictions]
     write_json(out / "predictions.json", [
         {"annotation_id": instance.annotation_id, "keypoints": points,
-         "confidence": [p.confidence and round(p.confidence, 2) for p in of_photo]}
-        for instance, points, of_photo in zip(instances, predicted, predictions)])
-    confidence = [[prediction.confidence for prediction in of_photo] for of_photo in predictions]
+         "confidence": [c and round(c, 2) for c in of_photo]}
+        for instance, points, of_photo in zip(instances, predicted, confidence)])
     draw_sheet(out / "predictions.png", instances, predicted, categories, images, confidence)
     for path in out.glob("partial-*.jsonl"):
         path.unlink()

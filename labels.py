@@ -100,6 +100,7 @@ def place_column(places, x, gap, height):
     order = sorted(range(len(places)), key=lambda k: places[k][1])
     steps = gap * np.arange(len(places))
     slack = np.array([places[k][1] for k in order]) - steps
+    # nowhere falling, and as near to slack: halfway between its highest so far and its lowest to come
     rows = (np.maximum.accumulate(slack) + np.minimum.accumulate(slack[::-1])[::-1]) / 2
     room = height - gap * len(places)
     rows = steps + np.clip(rows, gap / 2 + min(room / 2, 0), gap / 2 + max(room, room / 2))

@@ -47,13 +47,7 @@ class LlamaConfig:
         if raw.get("model_type") not in ("llama", "mistral") or raw.get("sliding_window"):
             raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not a Llama-shaped model "
                              "without sliding window")
-        # newer files keep everything about RoPE in rope_parameters, older ones in rope_theta and rope_scaling
-        old, new = (check(raw.get(key) or {}, f"{path}: {key}", dict, 0)
-                    for key in ("rope_scaling", "rope_parameters"))
-        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **old, **new}
-        if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
-            raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, "
-                             "only default and llama3")
+        rope = read_rope(raw, path)
         known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None}
         needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                   "num_attention_heads"}
@@ -77,6 +71,17 @@ FIELDS = dict(
 ROPE = dict(
     rope_theta=(float, 1, 10**12), factor=(float,), low_freq_factor=(float,), high_freq_factor=(float,),
     original_max_position_embeddings=(int, 1, 10**9))
+
+
+def read_rope(raw, path):
+    """What a config.json says of RoPE, in one dictionary. InputError if it is of a kind not known here."""
+    # newer files keep everything about RoPE in rope_parameters, older ones in rope_theta and rope_scaling
+    old, new = (check(raw.get(key) or {}, f"{path}: {key}", dict, 0)
+                for key in ("rope_scaling", "rope_parameters"))
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **old, **new}
+    if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
+        raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only default and llama3")
+    return rope
 
 
 def check_heads_and_rope(path, known, rope):
