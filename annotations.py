@@ -79,6 +79,11 @@ def parse_skeleton(skeletons, set_name, n, path):
     return lines
 
 
+def annotation_file(data, split, subset):
+    """Where MP-100's annotations of a split are. subset: "train", "val" or "test"."""
+    return Path(data, "annotations", f"mp100_split{split}_{subset}.json")
+
+
 def read_instances(path, categories):
     """An annotation file -> its Instances, photo by photo. categories: what read_descriptions() gave.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from annotations import UNREADABLE, open_image, parse_descriptions, read_instances
+from annotations import UNREADABLE, annotation_file, open_image, parse_descriptions, read_instances
 from arguments import images_folder
 from checkpoint import load_chat, load_model
 from coco import read_coco, read_texts
@@ -120,7 +120,7 @@ def check_annotations(args, categories):
     """-> the Instances of all subsets, and a line for each problem."""
     instances, problems = [], []
     for subset in N_CATEGORIES:
-        path = Path(args.data, "annotations", f"mp100_split{args.split}_{subset}.json")
+        path = annotation_file(args.data, args.split, subset)
         if subset == "val" and not path.exists() and not args.validate:
             print(f"{path}: absent, which only --validate needs")
             continue

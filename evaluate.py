@@ -21,7 +21,14 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from annotations import keep_readable, parse_descriptions, read_descriptions, read_instances, refuse_missing
+from annotations import (
+    annotation_file,
+    keep_readable,
+    parse_descriptions,
+    read_descriptions,
+    read_instances,
+    refuse_missing,
+)
 from arguments import images_folder
 from check import describe_shortfall
 from checkpoint import load_trained, read_checkpoint
@@ -236,8 +243,7 @@ class Validation:
             instances, descriptions = read_coco(args.val, images, list_texts(categories), lambda _: None)
             self.categories = parse_descriptions(descriptions, args.val)
         else:
-            path = Path(args.data, "annotations", f"mp100_split{args.split}_val.json")
-            instances = read_instances(path, categories)
+            instances = read_instances(annotation_file(args.data, args.split, "val"), categories)
         instances = random.Random(0).sample(instances, min(100, len(instances)))
         instances = keep_readable(instances, images, self.categories, args.allow_missing)
         self.photos = Photos(instances, images, args.image_size)
@@ -318,7 +324,7 @@ def read_data(args, checkpoint, trained):
     if args.images:
         raise InputError("--images goes with --annotations; MP-100's photos are in images/ of --data")
     root, split = args.data or trained.get("data", "data/mp100"), args.split or trained.get("split", 1)
-    annotations = Path(root, "annotations", f"mp100_split{split}_{args.subset}.json")
+    annotations = annotation_file(root, split, args.subset)
     if checkpoint:
         categories = parse_descriptions(checkpoint["descriptions"], args.checkpoint)
         categories |= read_descriptions(args.descriptions) if args.descriptions else {}

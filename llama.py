@@ -164,9 +164,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, mask, past, prefix, real, wanted):
-        """x (B, T, D) -> what is added to x, of the same shape, and the keys and values to cache.
+        """x (B, T, D) -> what is to be added to it (B, T, D), and the keys and values to cache.
 
-        past, prefix: keys and values of what comes before, or None; prefix comes first.
+        prefix, past: keys and values of what comes before, in this order; None if nothing does.
         """
         q, k, v = (pad(proj(x), real, mask).unflatten(-1, (-1, self.d)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))

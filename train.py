@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from annotations import keep_readable, parse_descriptions, read_instances
+from annotations import annotation_file, keep_readable, parse_descriptions, read_instances
 from arguments import images_folder, parse_arguments
 from check import check_all, check_briefly
 from checkpoint import load_chat, load_model, load_optimizer, lock_folder, read_checkpoint, save_checkpoint
@@ -58,8 +58,7 @@ def read_data(args):
     else:
         descriptions = read_json(args.descriptions)
         categories = parse_descriptions(descriptions, args.descriptions)
-        annotations = Path(args.data, "annotations", f"mp100_split{args.split}_train.json")
-        instances = read_instances(annotations, categories)
+        instances = read_instances(annotation_file(args.data, args.split, "train"), categories)
     instances = keep_readable(instances, images_folder(args), categories, args.allow_missing)
     return instances, categories, descriptions
 
@@ -186,6 +185,7 @@ class Training:
     log: Log
 
     def save(self, step, name="ckpt.pt"):
+        """Writes a checkpoint and the curve, for the first process."""
         save_checkpoint(Path(self.args.out, name), args=vars(self.args), descriptions=self.descriptions,
                         model=trainable_state(self.model), optimizer=self.optimizer.state_dict(), step=step)
         self.log.draw()
