@@ -119,7 +119,7 @@ def open_photo(photo):
         return to_rgb(ImageOps.exif_transpose(image))
     except UNREADABLE as e:
         name = photo if is_path else "the image"
-        raise InputError(f"{name}: not a readable photo ({e})") from None
+        raise InputError(f"{name}: not a readable photo ({e}); save it as JPEG or PNG") from None
 
 
 def check_box(box, photo):
