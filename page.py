@@ -56,8 +56,9 @@ class Server(ThreadingHTTPServer):
             names.setdefault(tuple(category.keypoints), name)
         sets = {name: "\n".join(f"{keypoint}: {text}" for keypoint, text in keypoints)
                 for keypoints, name in sorted(names.items(), key=lambda pair: pair[1].lower())}
-        example = EXAMPLE if locator.size == 112 else None  # only the toy's photos are that small
-        self.start = {"sets": sets, "max_bytes": MAX_BYTES, "example": example}
+        # The example is of the toy world, whose creatures alone have a "first mark".
+        is_toy = any(keypoint == "first mark" for keypoints in names for keypoint, _ in keypoints)
+        self.start = {"sets": sets, "max_bytes": MAX_BYTES, "example": EXAMPLE if is_toy else None}
 
 
 class Handler(BaseHTTPRequestHandler):
