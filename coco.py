@@ -146,9 +146,15 @@ def find_box(annotation, photo):
 
 def complete_photos(photos, images, path, say):
     """Puts file names in order, fills in sizes that the file lacks, and warns of photos that viewers turn."""
-    turned = []
+    turned, called = [], {}
     for photo in photos:
-        name = photo["file_name"] = photo["file_name"].replace("\\", "/")
+        given = name = photo["file_name"].replace("\\", "/")
+        if images is not None:  # Label Studio writes images/a.jpg, /data/upload/1/a.jpg, ../../media/a.jpg
+            name = find_photo(name.split("/"), images) or name
+        photo["file_name"] = name
+        if called.setdefault(name, given) != given:
+            raise InputError(f"{path}: {called[name]} and {given} would both be the photo {name} of "
+                             f"{images}; keep the folders that tell them apart")
         if PureWindowsPath(name).anchor:
             raise InputError(f"{path}: the photo {name} is not relative to the folder --images")
         size, is_turned = (None, False) if images is None else read_header(Path(images, name))
@@ -245,7 +251,9 @@ def convert(paths, images, category):
     photos, annotations, names = [], [], None
     for path in paths:
         for parts, individuals in read_labels(path):
-            photos.append({"id": len(photos) + 1, "file_name": find_photo(parts, images, path)})
+            if not (file := find_photo(parts, images)):
+                raise InputError(f"{path}: the photo {'/'.join(parts)} is not in --images {images}")
+            photos.append({"id": len(photos) + 1, "file_name": file})
             for points in individuals:
                 names = names or list(points)
                 if list(points) != names:
@@ -292,12 +300,12 @@ def read_point(cells):
     return () if math.isnan(x + y) else (x, y)
 
 
-def find_photo(parts, images, path):
-    """labeled-data/video/img1.png -> that, video/img1.png or img1.png: whichever is in the folder."""
+def find_photo(parts, images):
+    """labeled-data/video/img1.png -> that, video/img1.png or img1.png: what is in the folder, or None."""
     for n in range(len(parts)):
-        if Path(images, *parts[n:]).is_file():
-            return "/".join(parts[n:])
-    raise InputError(f"{path}: the photo {'/'.join(parts)} is not in --images {images}")
+        if ".." not in parts[n:] and Path(images, *parts[n:]).is_file():
+            return "/".join(parts[n:]).lstrip("/")
+    return None
 
 
 def main(argv):

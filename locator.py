@@ -83,6 +83,8 @@ class Locator:
             return keypoints
         if isinstance(keypoints, dict):
             return make_category(keypoints.items())
+        if not isinstance(keypoints, str):
+            raise InputError('keypoints are {"name": "description", ...}, the name of a set, or a Category')
         if keypoints not in self.sets:
             raise InputError(f'"{keypoints}": {suggest(keypoints, self.sets)}')
         return self.sets[keypoints]
@@ -109,6 +111,8 @@ def suggest(name, sets):
 
 def open_photo(photo):
     """A path, a PIL image or an array (h, w, 3) -> RGB image, upright: turned as its EXIF data ask."""
+    if isinstance(photo, np.ndarray) and (photo.dtype != np.uint8 or 0 in photo.shape):
+        raise InputError(f"an array {photo.shape} of {photo.dtype} is not a photo; (h, w, 3) of uint8 is")
     is_path = not isinstance(photo, (Image.Image, np.ndarray))
     if is_path and not Path(photo).is_file():
         raise InputError(f"{photo}: no such photo")
@@ -117,14 +121,17 @@ def open_photo(photo):
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         return to_rgb(ImageOps.exif_transpose(image))
     except UNREADABLE as e:
-        name = photo if is_path else "the image"
-        raise InputError(f"{name}: not a readable photo ({e})") from None
+        name, advice = (photo, "; save it as JPEG or PNG") if is_path else ("the image", "")
+        raise InputError(f"{name}: not a readable photo ({e}){advice}") from None
 
 
 def check_box(box, photo):
     """-> x, y, w, h, those of the whole photo if box is None. A box may reach over the edge."""
     width, height = photo.size
-    x, y, w, h = box or (0, 0, width, height)
+    try:
+        x, y, w, h = map(float, (0, 0, width, height) if box is None else box)
+    except (TypeError, ValueError):
+        raise InputError(f"box {box} is not x, y, width and height, four numbers") from None
     is_sound = 0.01 <= w <= MAX_PIXELS and 0.01 <= h <= MAX_PIXELS
     if not (is_sound and -MAX_PIXELS <= x < width and -MAX_PIXELS <= y < height and x + w > 0 and y + h > 0):
         raise InputError(f"box {x:g},{y:g},{w:g},{h:g}: lies outside the photo, which is {width} x {height} "
@@ -137,6 +144,10 @@ def check_box(box, photo):
 
 def make_category(keypoints):
     """[(name, description), ...] -> Category. InputError if one is empty or two have one name."""
+    keypoints = list(keypoints)
+    for text in (text for keypoint in keypoints for text in keypoint):
+        if not isinstance(text, str):
+            raise InputError(f"{text!r} is not a text; a keypoint is a name and a description")
     keypoints = [(name.strip(), description.strip()) for name, description in keypoints]
     for name, description in keypoints:
         if not name or not description:

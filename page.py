@@ -56,8 +56,12 @@ class Server(ThreadingHTTPServer):
             names.setdefault(tuple(category.keypoints), name)
         sets = {name: "\n".join(f"{keypoint}: {text}" for keypoint, text in keypoints)
                 for keypoints, name in sorted(names.items(), key=lambda pair: pair[1].lower())}
-        example = EXAMPLE if locator.size == 112 else None  # only the toy's photos are that small
-        self.start = {"sets": sets, "max_bytes": MAX_BYTES, "example": example}
+        # By the names of a set's keypoints, so that a description may be changed on the page.
+        self.skeletons = {tuple(dict(category.keypoints)): category.skeleton
+                          for category in locator.sets.values() if category.skeleton}
+        # The example is of the toy world, whose creatures alone have a "first mark".
+        is_toy = any(keypoint == "first mark" for keypoints in names for keypoint, _ in keypoints)
+        self.start = {"sets": sets, "max_bytes": MAX_BYTES, "example": EXAMPLE if is_toy else None}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -113,7 +117,8 @@ class Handler(BaseHTTPRequestHandler):
         points = [{"name": name, **{part: round_off(getattr(p, part)) for part in parts}}
                   for name, p in found.items()]
         [square] = {p.square for p in found.values()}
-        return {"width": photo.width, "height": photo.height, "box": box, "square": square, "points": points}
+        return {"width": photo.width, "height": photo.height, "box": box, "square": square, "points": points,
+                "skeleton": self.server.skeletons.get(tuple(dict(category.keypoints)), [])}
 
     def reply(self, status, contents, kind="application/json"):
         """contents: bytes, or for JSON anything."""

@@ -58,7 +58,12 @@ def find_jobs(paths, box, boxes):
         return read_boxes(boxes, paths[0])
     photos, endings = [], Image.registered_extensions()
     for path in paths:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in endings) if path.is_dir() else [path]
+        entries = [p for p in sorted(path.iterdir()) if p.name[0] != "."] if path.is_dir() else [path]
+        found = [p for p in entries if p.suffix.lower() in endings or p == path]
+        if others := [p.name + "/" * p.is_dir() for p in entries if p not in found]:
+            named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            print(printable(f"{path}: left out {named}: not photos of a kind that this program reads"),
+                  file=sys.stderr)
         if not found:
             raise InputError(f"{path}: no photo in this folder")
         photos += found
@@ -74,7 +79,10 @@ def read_boxes(path, folder):
             x, y, w, h = map(float, annotation["bbox"])
             number = annotation["image_id"]
             jobs.append(Job(photos[number], (x, y, w, h), number, annotation["category_id"]))
-    except (KeyError, TypeError, ValueError) as e:
+    except KeyError as e:
+        raise InputError(f"{path}: not a COCO file with boxes: an entry lacks {e}, or no image has "
+                         "that id") from None
+    except (TypeError, ValueError) as e:
         raise InputError(f"{path}: not a COCO file with boxes ({type(e).__name__}: {e})") from None
     if not jobs:
         raise InputError(f"{path}: no box in it")
@@ -94,7 +102,7 @@ def print_points(points, photo, say=print):
     outside = [name for name, found in points.items() if found.x is not None
                and not (0 <= found.x < photo.width and 0 <= found.y < photo.height)]
     if outside:
-        say(f"outside the photo: {', '.join(outside)}; the box reaches over its edge")
+        say(f"outside the photo: {', '.join(outside)}; the square around the box reaches over its edge")
     if len(places) > 2 and max(np.ptp(places, axis=0)) < 0.02 * found.square[2]:
         say("all points are in one place: the model does not tell these keypoints apart")
 
@@ -111,10 +119,17 @@ def write_tables(folder, found, form):
         contents = [coco_result(job, points) for job, points in found]
     write_json(folder / "keypoints.json", contents)
     try:
-        with open(folder / "keypoints.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+        # Excel knows UTF-8 by the mark that utf-8-sig puts before it.
+        with open(folder / "keypoints.csv", "w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file).writerows([disarm(cell) for cell in row] for row in rows)
     except OSError as e:
         raise InputError(f"{folder}/keypoints.csv: cannot be written ({e})") from None
+
+
+def disarm(cell):
+    """A cell of a table. An apostrophe before a text keeps a spreadsheet from taking it for a formula."""
+    is_formula = isinstance(cell, (str, Path)) and str(cell).startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if is_formula else cell
 
 
 def round_off(found):
@@ -147,7 +162,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Finds keypoints in photos.", allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", help="what train.py wrote")
-    add("photos", nargs="*", type=Path, help="photos, or folders of photos")
+    add("photos", nargs="*", type=Path, help="photos, or folders of photos (without those within)")
     add("-k", "--keypoint", action="append", default=[], metavar="'NAME: TEXT'",
         help="a keypoint and where it is; may be repeated")
     add("--keypoints", metavar="SET", help='a set of keypoints, see --list; or "name: text; name: text"; or '
@@ -155,7 +170,8 @@ def parse_arguments(argv):
     add("--box", type=parse_box, help="x,y,width,height of the object in pixels, --box=-5,... if it begins "
         "with a minus; default: the whole photo")
     add("--boxes", metavar="COCO.json", help="photos and boxes from a COCO file, below the folder given")
-    add("--out", type=Path, metavar="FOLDER", help="where pictures, keypoints.json and keypoints.csv go")
+    add("--out", type=Path, metavar="FOLDER", help="where pictures, keypoints.json and keypoints.csv go; "
+        "in the table, an apostrophe stands before a name that a spreadsheet would take for a formula")
     add("--format", choices=["plain", "coco"], default="plain", help="of keypoints.json: COCO's results")
     add("--decode", choices=["greedy", "median", "mean"], default="greedy",
         help="what to take of each coordinate's distribution")
@@ -228,7 +244,8 @@ def locate_all(locator, jobs, category, out):
             if len(jobs) == 1:
                 raise
             failed += 1
-            bar.write(printable(f"{job.path}: {e}"), file=sys.stderr)
+            line = str(e).removeprefix(printable(f"{job.path}: "))
+            bar.write(f"{printable(str(job.path))}: {line}", file=sys.stderr)
             continue
         if len(jobs) > 1:
             bar.write(printable(str(job.path)))

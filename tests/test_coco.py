@@ -201,6 +201,20 @@ def test_a_path_of_windows_is_one_of_ours(tmp_path):
     assert one.photo == "shelf/0.jpg" and one.box[2] == pytest.approx(36.5)  # so it was found
 
 
+def test_folders_of_the_annotation_tool_that_are_not_here_are_left_out_of_a_photos_name(tmp_path):
+    """As Label Studio writes names: below images/, with the path on its server, or out of its own folder."""
+    contents = teapots(tmp_path, 3)
+    before = ["images/", "/data/upload/7/", "..\\..\\media\\upload\\"]
+    for photo, folders in zip(contents["images"], before):
+        photo["file_name"] = folders + photo["file_name"]
+    instances, _ = read(tmp_path, contents)
+    assert [instance.photo for instance in instances] == ["shelf/0.jpg", "shelf/1.jpg", "shelf/2.jpg"]
+    contents = teapots(tmp_path, 2)
+    contents["images"][1]["file_name"] = "other/shelf/0.jpg"
+    with pytest.raises(InputError, match="shelf/0.jpg and other/shelf/0.jpg would both be"):
+        read(tmp_path, contents)
+
+
 def change(*place, to):
     """-> a function that changes contents[place[0]][place[1]]..., or deletes it if `to` is ..."""
     def edit(contents):

@@ -192,6 +192,24 @@ def test_boxes_that_only_touch_the_photo_are_refused(kites, photo, box):
         kites(photo, "kite", box)
 
 
+@pytest.mark.parametrize("keypoints, box, says", [
+    ("kite", (1, 2, 3), "box (1, 2, 3) is not x, y, width and height, four numbers"),
+    ("kite", ("a", 2, 3, 4), "is not x, y, width and height"), ("kite", 7, "box 7 is not x, y, width and"),
+    (["tip"], None, "keypoints are {"), (None, None, "keypoints are {"),
+    ({"tip": None}, None, "None is not a text"), ({3: "the end"}, None, "3 is not a text")])
+def test_arguments_of_another_kind_are_one_line(kites, photo, keypoints, box, says):
+    with pytest.raises(InputError) as error:
+        kites(photo, keypoints, box)
+    assert says in str(error.value)
+
+
+def test_arrays_may_be_boxes_and_only_uint8_a_photo(kites, photo):
+    assert kites(photo, "kite", np.array([1, 2, 30, 40]))["tip"].square == (-4, 2, 40)
+    for array in np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8):
+        with pytest.raises(InputError, match="is not a photo; .h, w, 3. of uint8 is"):
+            kites(array, "kite")
+
+
 def test_boxes_may_reach_over_the_edge(kites, photo):
     assert kites(photo, "kite", (-5, -5, 200, 200))["tip"].square == (-5, -5, 200)
     assert kites(photo, "kite", (109, 79, 9, 9))["tip"].square == (109, 79, 9)

@@ -113,11 +113,20 @@ def test_a_point_without_coordinates_is_answered_too():
     assert status == 200 and answer["points"] == [{"name": "a"} | dict.fromkeys(parts)]
 
 
+def test_keypoints_that_are_named_as_those_of_a_set_get_its_skeleton():
+    point = SimpleNamespace(x=1.0, y=2.0, confidence=None, x_distribution=None, y_distribution=None,
+                            square=(0, 0, 9))
+    sets = {"pet": Category("pet", [("nose", "the tip"), ("tail", "the end")], [(0, 1)])}
+    answers = stub(lambda photo, category, box: dict.fromkeys(dict(category.keypoints), point), sets)
+    with serving(answers) as port:
+        photo = encode(Image.new("RGB", (9, 9)))
+        assert locate(port, photo, "nose: the very tip\ntail: the end")[1]["skeleton"] == [[0, 1]]
+        assert locate(port, photo, "tail: the end\nnose: the tip")[1]["skeleton"] == []
+
+
 def stub(find, sets={}):
     """What stands in for a Locator of a model that is not the toy's."""
     class Stub:
-        size = 224
-
         def __call__(self, *question):
             return find(*question)
     Stub.sets = sets
@@ -374,6 +383,19 @@ def test_the_example_and_the_heat_of_a_point(page, locator):
     assert page.evaluate("$('list').children[1].firstChild.ariaPressed") == "true"
     page.evaluate("$('list').children[0].firstChild.focus()")  # the keyboard leads there, too
     assert "expects the knob" in page.evaluate("$('hint').innerText")
+
+
+def test_a_skeleton_joins_the_points_that_have_coordinates(page):
+    """A made-up answer: 0 and 1 are level and joined in their colours; 2 is nowhere."""
+    page.evaluate("$('example').click()")
+    page.wait("found !== null")
+    before = colour_at(page, 120, 20)
+    page.evaluate("found.points.forEach((p, k) => { [p.x, p.y] = [[20, 20], [220, 20], [null, null]][k]; });"
+                  "found.skeleton = [[0, 1], [1, 2]]; update()")
+    left, right = colour_at(page, 100, 20), colour_at(page, 140, 20)
+    assert left[0] > left[1] + 50 and right[1] > right[0] + 50  # red, as point 0, then green, as point 1
+    page.evaluate("found.skeleton = []; update()")
+    assert (colour_at(page, 120, 20) == before).all()
 
 
 def test_the_curves_are_the_distributions(page):

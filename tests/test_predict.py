@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_folder_of_photos(folder, photos, answered, tmp_path, capsys):
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
         "1-2.png", "1.png", "3.png", "5.png", "keypoints.csv", "keypoints.json"]
-    with open(out / "keypoints.csv", newline="") as file:
+    with open(out / "keypoints.csv", newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
     assert header == ["photo", "object", "keypoint", "x", "y", "confidence"]
     assert len(rows) == 4 * 3
@@ -78,7 +79,8 @@ def test_a_folder_of_photos(folder, photos, answered, tmp_path, capsys):
     assert [entry["photo"] for entry in entries] == [
         *(str(photos / f"{n}.jpg") for n in (1, 3, 5)), str(other / "1.png")]
     assert entries[3]["keypoints"][1] == {"name": "tail", "x": 60.0, "y": 30.0, "confidence": 0.6}
-    assert f"wrote {out}/keypoints.json, keypoints.csv and 4 pictures" in capsys.readouterr().out
+    assert f"wrote {out}/keypoints.json, keypoints.csv and 4 pictures" in (said := capsys.readouterr()).out
+    assert f"{other}: left out notes.doc: not photos of a kind" in said.err
 
 
 def test_a_broken_photo_among_many_is_left_out_and_said(folder, photos, answered, tmp_path, capsys):
@@ -86,8 +88,20 @@ def test_a_broken_photo_among_many_is_left_out_and_said(folder, photos, answered
     argv = [folder / "ckpt.pt", photos, tmp_path / "broken.jpg", *TIP, "--out", tmp_path / "out"]
     with pytest.raises(predict.InputError, match="1 of 4 objects were left out, see above"):
         predict.main(command_line(*argv))
-    assert f"{tmp_path}/broken.jpg: not a readable photo" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/broken.jpg: not a readable photo" in said and said.count("broken.jpg: ") == 1
     assert len(read_json(tmp_path / "out/keypoints.json")) == 3
+
+
+def test_a_spreadsheet_takes_no_name_for_a_formula(tmp_path):
+    names = ["=1+2", "@a", "-b", 'c, "d"\ne', "f=g"]
+    job = predict.Job(Path("=1.jpg"), None, 1)
+    predict.write_tables(tmp_path, [(job, {name: found(-1, 2) for name in names})], "plain")
+    with open(tmp_path / "keypoints.csv", newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[2] for row in rows] == ["'=1+2", "'@a", "'-b", *names[3:]]
+    assert rows[0] == ["'=1.jpg", "1", "'=1+2", "-1", "2", "0.9"]  # numbers stay numbers
+    assert [point["name"] for point in read_json(tmp_path / "keypoints.json")[0]["keypoints"]] == names
 
 
 def test_the_locator_is_asked_with_box_and_words(folder, photos, monkeypatch):
@@ -116,7 +130,7 @@ def test_boxes_from_a_coco_file_and_results_that_cocos_tools_load(folder, photos
     width = truth.imgs[first["image_id"]]["width"]
     assert first["category_id"] == 2 and first["score"] == pytest.approx(0.6)
     assert first["keypoints"] == pytest.approx([0.1 * width, 8, 1, 0.3 * width, 24, 1, 0.5 * width, 40, 1])
-    with open(tmp_path / "out/keypoints.csv", newline="") as file:
+    with open(tmp_path / "out/keypoints.csv", newline="", encoding="utf-8-sig") as file:
         objects = [(row["photo"].rpartition("/")[2], row["object"]) for row in csv.DictReader(file)]
     assert objects[::3] == [("1.jpg", "1"), ("3.jpg", "1"), ("5.jpg", "1"), ("1.jpg", "2")]
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["1-2.png", "1.png", "3.png", "5.png"]
@@ -154,7 +168,7 @@ def found(x, y, confidence=0.9):
 
 def test_points_outside_the_photo_and_points_in_one_place_are_said():
     said = say_of({"a": found(10, 20), "b": found(10, 60), "c": found(-1, 5)})
-    assert said[-1] == "outside the photo: b, c; the box reaches over its edge"
+    assert said[-1] == "outside the photo: b, c; the square around the box reaches over its edge"
     said = say_of({"a": found(10, 20), "b": found(11, 20.5), "c": found(11.5, 19)})
     assert said[-1] == "all points are in one place: the model does not tell these keypoints apart"
     assert len(say_of({"a": found(10, 20), "b": found(11, 20)})) == 3  # of two that may well be
