@@ -60,8 +60,9 @@ def run(main):
         sys.exit(130)
     except BrokenPipeError:  # what read our output has ended, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (RuntimeError, OSError) as e:
+    except Exception as e:
         if (line := explain(e)) is None:
+            end_workers()
             raise
         end_with(line)
     if dist.is_initialized():
@@ -74,14 +75,17 @@ def raise_input_error(parser, message):
 
 def explain(error):
     """An error of torch's own that is no defect of the program -> one line, else None."""
+    if not isinstance(error, (RuntimeError, OSError, EOFError)):
+        return None
     text = str(error)
     first = text.strip().partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
         return f"{first.split('. ')[0]}; less is needed with a smaller --micro-batch, in evaluation --batch"
-    # The first is of a worker that was killed or is silent, the others are of a full /dev/shm.
-    if text.startswith("DataLoader ") or "shared memory" in text or "/torch_" in text:
-        return (f"a process that reads photos was lost ({first}): killed, for want of memory or of space in "
-                "/dev/shm? --workers 0 does without such processes")
+    # The first two are of a worker that was killed or is silent, the others are of a full /dev/shm.
+    if (isinstance(error, (EOFError, ConnectionError)) or text.startswith("DataLoader ")
+            or "shared memory" in text or "/torch_" in text):
+        return (f"a process that reads photos was lost ({first or type(error).__name__}): killed, for want "
+                "of memory or of space in /dev/shm? --workers 0 does without such processes")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{first}: a disk is full, or /dev/shm, which --workers 0 does without"
     if any(words in text for words in ("Timed out", "timed out", "Timeout", "timeout")):
@@ -97,11 +101,8 @@ def end_with(line):
     Under torchrun one process often fails because of another, or all fail alike. The first process speaks at
     once; the others wait before they do, and torchrun ends them meanwhile. Its report repeats the line.
     """
-    if "--workers 0" in line:  # those that are left may hang, and would hold up the end
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them, too,
-        sys.unraisablehook = lambda *_: None  # and its own half-made iterator
-        for worker in multiprocessing.active_children():
-            worker.kill()
+    if "--workers 0" in line:
+        end_workers()
     sys.stdout.flush()
     if not is_first() or line.startswith("lost "):
         time.sleep(10)
@@ -112,6 +113,15 @@ def end_with(line):
     if dist.is_initialized():  # without waiting for the other processes
         os._exit(2)
     sys.exit(2)
+
+
+def end_workers():
+    """Ends those that read photos. They may hang, and would hold up the end of a program that failed."""
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them, too,
+        sys.unraisablehook = lambda *_: None  # and its own half-made iterator
+        for worker in workers:
+            worker.kill()
 
 
 class Stop:

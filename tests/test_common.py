@@ -124,6 +124,8 @@ def test_one_of_several_processes_ends_at_once_and_what_it_printed_is_kept(monke
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--micro-batch"),
     (RuntimeError("DataLoader timed out after 300 seconds"), "--workers 0"),
     (OSError(28, "No space left on device"), "/dev/shm, which --workers 0 does without"),
+    (EOFError(), "a process that reads photos was lost (EOFError)"),  # its socket, when it has been killed
+    (ConnectionRefusedError(111, "Connection refused"), "a process that reads photos was lost"),
     (RuntimeError("[gloo/pair.cc:1] Connection closed by peer [127.0.0.1]:1"), "lost the connection"),
     (RuntimeError("Timed out waiting 1800000ms for recv operation"), "has not answered for 0:10:00"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None), (OSError(2, "No such file"), None)])
