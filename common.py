@@ -60,6 +60,7 @@ def run(main):
         sys.exit(130)
     except BrokenPipeError:  # what read our output has ended, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as for other programs
     except Exception as e:
         if (line := explain(e)) is None:
             end_workers()

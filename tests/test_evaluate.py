@@ -332,7 +332,7 @@ def test_missing_and_truncated_photos_are_listed_or_left_out(evaluated, checkpoi
     (data / "images" / "wagon" / "4.jpg").unlink()  # a kite is left
     assert "no pairs" in refused(evaluate, [*argv, "--allow-missing", "--protocol", "pairs"])
     truncate(data / "images" / "kite" / "5.jpg")
-    assert "no readable photos" in refused(evaluate, [*argv, "--allow-missing"])
+    assert "none of the photos" in refused(evaluate, [*argv, "--allow-missing"])
     shutil.rmtree(data / "images")
     assert "none of the photos" in refused(evaluate, [*argv, "--allow-missing"])
 
