@@ -1,24 +1,24 @@
 """Speed and memory beside what people would use instead: Transformers and PEFT (requirements-dev.txt).
 
     python bench.py --size small    tiny: to see that it runs; small: ViT-S and 8 layers of width 512;
-                                    8b: the paper's ViT-L and Llama-3.1-8B, on a GPU with room for them
+                                    8b: the paper's ViT-L and Llama-3.1-8B, on a GPU with room for them;
+                                    real: published weights, in vit/ and llm/ of the folder CAPELLM_REAL
 
-Contestants run in turn in one process, on the same random weights and inputs, in bf16 on a GPU and in fp32
-elsewhere. Their results are compared before anything is timed; a difference ends the program. It prints
-medians for a training step of the paper's conversation (549 positions, 4 rounds, 44 labels), for answering
-photos with 8, 17 and 68 keypoints (61 tokens a question), for cropping out of a photo of 12 megapixels on one
-core, and, but with tiny, for loading a checkpoint of 2 GB in shards:
+Contestants run in turn in one process, on the same weights and inputs, in bf16 on a GPU and in fp32 elsewhere
+(real: also in bf16 where the CPU computes with it). A difference between their results ends the program
+before they are timed. It prints, for a training step of the paper's conversation (549 positions, 4 rounds, 44
+labels), for answering 8, 17 and 68 questions about a photo, and for loading a checkpoint of 2 GB in shards:
 
     seconds   of the median run; +-: how far the slowest was from the fastest, "!" if too far to be trusted
     x ours    how many times our time
-    GiB       peak memory (GPU: allocated; CPU: of a process that does only this); before: without the run
-    TFLOP/s   counting only what the task needs, the same for all; MFU: its share of the GPU's data sheet
+    GiB       peak memory (GPU: allocated; CPU: of the process); before: without the run
+    floor     8b: share of what an H200 can reach, if it ran at 790 TFLOP/s and 4.3 TB/s all the time
 """
 
 import argparse
-import json
-import subprocess
-import sys
+import ctypes
+import math
+import os
 import tempfile
 import time
 import warnings
@@ -30,17 +30,16 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
+from torch.profiler import profile
 
-from chat import IGNORE, AnswerFormat
-from common import write_json
-from data import Crop
+from annotations import parse_descriptions
+from chat import IGNORE, AnswerFormat, Category, Chat
+from common import read_json, run, write_json
 from decode import locate
 from llama import Llama, LlamaConfig
 from lora import add_lora
 from model import CapeLLM
-from train import PEAK_TFLOPS
 from vit import ViT, ViTConfig
 
 SIZES = {  # of the ViT and the LLM; what is not said is DINOv2 ViT-L/14's and Llama-3.1-8B's
@@ -51,13 +50,14 @@ SIZES = {  # of the ViT and the LLM; what is not said is DINOv2 ViT-L/14's and L
               dict(hidden_size=512, head_dim=64, intermediate_size=1792, num_hidden_layers=8,
                    num_attention_heads=8, num_key_value_heads=2)),
     "8b": (dict(image_size=224), {})}
-OURS, PLAIN = "ours", "ours, plain loop"
+FLOORS = {8: 0.0175, 17: 0.0255, 68: 0.0875, "training": 0.0202}  # seconds a photo or conversation
+OURS, PLAIN, CHECKPOINTED = "ours", "ours, plain loop", "ours, checkpointed activations"
 PUBLISHED, USED_WELL, PEFT = "published way", "Transformers, used well", "Transformers + PEFT"
 
 # ----------------------------------------------------------------------------------------------- contestants
 
 NUMBER = 10  # the tokens of the numbers 000 ... 999 are 10 ... 1009, then come words
-COLON, IMAGE, PADDING = 7, 8, 9
+COLON, IMAGE, PADDING = 7, -2, -1
 
 
 def make_chat(known):
@@ -68,7 +68,7 @@ def make_chat(known):
 
 
 CHAT = make_chat([[3, 4, 5], [6, 4, 5]])  # " [" "0" "." ddd "," "0" "." ddd
-CHAT_PLAIN = make_chat([[PADDING] * 3] * 2)  # never said, so every answer is decoded again by the plain loop
+CHAT_PLAIN = make_chat([[9] * 3] * 2)  # never said, so every answer is decoded again by the plain loop
 
 
 @torch.no_grad()
@@ -136,7 +136,8 @@ class Twin(nn.Module):
 
         warnings.simplefilter("ignore", FutureWarning)
         vit = {key: getattr(model.vit.config, key) for key in
-               ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")}
+               ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")}
+        vit["image_size"] = math.isqrt(model.vit.n_patches) * vit["patch_size"]
         llama = {**vars(model.llama.config), "max_position_embeddings": 131072}
         rope = llama.pop("rope")
         with torch.device("meta"):
@@ -150,7 +151,7 @@ class Twin(nn.Module):
         # RoPE's frequencies are not in the state
         self.llama.model.rotary_emb = type(rotary)(self.llama.config).to(self.projection.weight.device)
         state = {}
-        for name, p in model.named_parameters():
+        for name, p in model.state_dict(keep_vars=True).items():
             for ours, theirs in self.RENAMES:
                 name = name.replace(ours, theirs)
             state[name] = p
@@ -168,26 +169,28 @@ class Twin(nn.Module):
         return self.llama(inputs_embeds=x, labels=labels, use_cache=False).loss
 
     @torch.no_grad()
-    def generate(self, images, photo_of, questions, n_tokens, published=False):
+    def generate(self, photos, photo_of, questions, chat, n_tokens, held=None, published=False):
         """What Transformers' generate() does, less its bookkeeping: greedy, cached, padded on the left.
 
-        published: the ViT runs again for every token, and logits are made at every position.
+        held: for each step the tokens it may choose from, all if None. published: the ViT runs again for
+        every token, and logits are made at every position.
         """
-        n_patches, T = (images.shape[-1] // 14) ** 2, max(map(len, questions))
-        start = [CHAT.bos] + [IMAGE] * n_patches + CHAT.newline
-        tokens = torch.tensor([[PADDING] * (T - len(q)) + start + q for q in questions], device=images.device)
+        N, T = (photos.shape[-1] // 14) ** 2, max(map(len, questions))
+        start = [chat.bos] + [IMAGE] * N + chat.newline
+        tokens = torch.tensor([[PADDING] * (T - len(q)) + start + q for q in questions], device=photos.device)
         mask, embed, cached, said = (tokens != PADDING).long(), self.llama.model.embed_tokens, None, []
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         for step in range(n_tokens):
             if step == 0 or published:
-                image = self.see(images)[photo_of]
+                image = self.see(photos)[photo_of]
+            x = embed(said[-1][:, None] if said else tokens.clamp(min=0))
             if step == 0:
-                x = embed(tokens).masked_scatter((tokens == IMAGE)[..., None], image)
-            else:
-                x = embed(said[-1][:, None])
+                x = x.masked_scatter((tokens == IMAGE)[..., None], image.to(x.dtype))
             out = self.llama(inputs_embeds=x, attention_mask=mask, position_ids=positions,
                              past_key_values=cached, use_cache=True, logits_to_keep=0 if published else 1)
-            said.append(out.logits[:, -1].argmax(-1))
+            choices = torch.arange(out.logits.shape[-1]) if held is None else torch.tensor(held[step])
+            choices = choices.to(photos.device)
+            said.append(choices[out.logits[:, -1, choices].argmax(-1)])
             cached, mask, positions = out.past_key_values, F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
         return torch.stack(said, dim=1).tolist()
 
@@ -196,41 +199,56 @@ class Twin(nn.Module):
 
 
 def make_photos(n, model):
-    side = model.vit.config.image_size
+    side = 14 * math.isqrt(model.vit.n_patches)
     photos = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(n))
     return photos.to(model.projection.weight.device)
 
 
-def answer(way, model, images, questions):
-    """All questions of all photos in one of the ways -> the tokens of each answer, up to the last digit."""
-    n = CHAT.coordinates.max_tokens
+def make_questions(P, K, vocabulary):
+    """K questions about each of P photos, of 39 to 93 random tokens, as in descriptions.json, and a colon."""
+    rng = np.random.default_rng(K)
+    lengths = rng.normal(61, 9, (P, K)).round().clip(39, 93).astype(int)
+    return [[[*rng.integers(NUMBER + 1000, vocabulary, n - 1).tolist(), COLON] for n in row]
+            for row in lengths]
+
+
+def answer(way, model, photos, questions, chat=CHAT, held=None):
+    """All questions of all photos in one of the ways -> the tokens of each answer, up to the last digit.
+
+    held: for each step the tokens to choose from, if answers are held to the format.
+    """
+    n = len(held) if held else chat.coordinates.max_tokens
     if way in (OURS, PLAIN):
-        predictions = locate(model, images, questions, CHAT if way == OURS else CHAT_PLAIN)
+        predictions = locate(model, photos, questions, chat if way == OURS else CHAT_PLAIN,
+                             constrained=held is not None)
         return [prediction.answer for of_photo in predictions for prediction in of_photo]
     twin = Twin(model)
     if way == USED_WELL:  # each photo seen once, all questions in one batch, no token and no logits too many
         photo_of = [p for p, asked in enumerate(questions) for _ in asked]
-        return twin.generate(images, photo_of, sum(questions, []), n)
+        return twin.generate(photos, photo_of, sum(questions, []), chat, n, held)
     answers = []
-    for image, asked in zip(images, questions):  # a copy of the photo with each question, 15 at a time
+    for photo, asked in zip(photos, questions):  # a copy of the photo with each question, 15 at a time
         for chunk in (asked[i:i + 15] for i in range(0, len(asked), 15)):
-            copies = image.expand(len(chunk), -1, -1, -1)
-            answers += twin.generate(copies, list(range(len(chunk))), chunk, 13, published=True)
+            copies = photo.expand(len(chunk), -1, -1, -1)
+            answers += twin.generate(copies, list(range(len(chunk))), chunk, chat, 13, published=True)
     return [tokens[:n] for tokens in answers]
 
 
-def answering(model, P, K):
-    """P photos with K questions each -> the ways to answer them, and the questions.
+def answering(model, P, K, ways=(OURS, PLAIN, PUBLISHED, USED_WELL)):
+    """P photos with K questions each -> the ways to answer them."""
+    photos, questions = make_photos(P, model), make_questions(P, K, model.llama.config.vocab_size)
+    return {way: partial(answer, way, model, photos, questions) for way in ways}
 
-    A question has 39 to 93 random tokens, as in descriptions.json; the last is the colon of "Assistant:".
-    """
-    rng, vocabulary = np.random.default_rng(K), model.llama.config.vocab_size
-    lengths = rng.normal(61, 9, (P, K)).round().clip(39, 93).astype(int)
-    questions = [[[*rng.integers(NUMBER + 1000, vocabulary, n - 1).tolist(), COLON] for n in row]
-                 for row in lengths]
-    photos = make_photos(P, model)
-    return {way: partial(answer, way, model, photos, questions)
-            for way in (OURS, PLAIN, PUBLISHED, USED_WELL)}, questions
+
+def answering_really(model, K, chat):
+    """A photo and K questions of descriptions.json. Untrained, the network must be held to the format."""
+    path = Path(__file__).with_name("descriptions.json")
+    category = max(parse_descriptions(read_json(path), path).values(), key=lambda c: len(c.keypoints))
+    questions = [chat.questions(Category(category.name, category.keypoints[:K]))]
+    held = [choices for known in chat.coordinates.known
+            for choices in (*([token] for token in known), chat.coordinates.digits)]
+    return {way: partial(answer, way, model, make_photos(1, model), questions, chat, held)
+            for way in (OURS, USED_WELL)}
 
 
 def training(model, B):
@@ -239,20 +257,17 @@ def training(model, B):
     rng, vocabulary = np.random.default_rng(B), model.llama.config.vocab_size
     tokens = torch.from_numpy(rng.integers(NUMBER + 1000, vocabulary, (B, len(learned))))
     labels = tokens.where(torch.tensor(learned) > 0, IGNORE)
-    photos = make_photos(B, model)
-    batch = photos, tokens.to(photos.device), labels.to(photos.device)
+    batch = [t.to(model.projection.weight.device) for t in (make_photos(B, model), tokens, labels)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=batch[0].is_cuda)
 
-    def way_of(network_of):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=photos.is_cuda)
+    def step(way):
+        model.llama.checkpoint_activations = way == CHECKPOINTED
+        (Twin(model) if way == PEFT else model).train()(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-        def step():
-            network_of(model).train()(*batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
-
-    return {OURS: way_of(lambda model: model), PEFT: way_of(Twin)}, batch
+    return {way: partial(step, way) for way in (OURS, CHECKPOINTED, PEFT)}, batch
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -272,126 +287,72 @@ def race(runners, repeats=5, patience=40):
     return times
 
 
-def host_memory(key):
-    """GiB of this process: "VmHWM" at most, "VmRSS" at present. getrusage() may tell the parent's peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**20
+def noise(seconds):
+    return (max(seconds) - min(seconds)) / median(seconds)
 
 
-def peak_memory(run, *job):
-    """(GiB at most, GiB before) of a run; on the CPU of the same job in a process of its own."""
-    if not torch.cuda.is_available():
-        return alone(*job)["memory"]
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() / 2**30, before / 2**30
+def peak_memory(runner):
+    """-> what a run returns, and GiB at most and before it; None where Linux does not tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return runner(), (torch.cuda.max_memory_allocated() / 2**30, before / 2**30)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return runner(), None
 
-
-def alone(*job):
-    done = subprocess.run([sys.executable, __file__, "--job", *map(str, job)], stdout=subprocess.PIPE,
-                          check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def do_job(device, dtype, size, kind, way, *rest):
-    """What alone() asks for: one contestant, and nothing but it in memory."""
-    if kind == "loading":
-        from transformers import LlamaForCausalLM
-        load = {OURS: partial(Llama.load, device=device),
-                "from_pretrained": partial(LlamaForCausalLM.from_pretrained, device_map=device)}[way]
-        before, began = host_memory("VmRSS"), time.perf_counter()
-        model = load(rest[0], dtype=dtype)
-        some = [p.flatten()[::1000].sum(dtype=torch.float64).item() for p in model.parameters()]  # every page
-        return {"seconds": time.perf_counter() - began, "sum": sum(some),
-                "memory": (host_memory("VmHWM"), before)}
-    model = build(size, device, dtype)
-    if way not in (OURS, PLAIN):
-        Twin(model)
-    runners, _ = {"answering": answering, "training": training}[kind](model, *map(int, rest))
-    before = host_memory("VmRSS")
-    for _ in range(1 + (kind == "training")):  # Adam's state is made in the first step
-        runners[way]()
-    return {"memory": (host_memory("VmHWM"), before)}
-
-
-def needed(model, n_photos, passes):
-    """FLOP that a task needs: of the ViT, and of the LLM's passes over `new` positions.
-
-    The positions of a pass look at `keys` others on average, and `logits` of them are asked for logits.
-    """
-    v, c, T = model.vit.config, model.llama.config, model.vit.n_patches + 1
-    flop = n_photos * v.num_hidden_layers * T * (24 * v.hidden_size**2 + 4 * T * v.hidden_size)
-    weights = sum(p.numel() for name, p in model.llama.layers.named_parameters()
-                  if "proj" in name and "lora" not in name)
-    width = c.num_hidden_layers * c.num_attention_heads * c.head_dim
-    for new, keys, logits in passes:
-        flop += 2 * new * weights + 4 * new * keys * width + 2 * logits * c.vocab_size * c.hidden_size
-    return flop
+    def gib(key):
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if key in line) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed
+    status.with_name("clear_refs").write_text("5")  # forgets the peak so far
+    before = gib("VmRSS")
+    return runner(), (gib("VmHWM"), before)
 
 
 ROWS = []  # all that was printed, for --json
 
 
-def print_rows(title, unit, times, n, memory=None, flop=None):
-    """A group of the table.
-
-    times: {way: seconds of each run}; n: units of work in a run; memory: {way: GiB (at most, before)}; flop:
-    what a run needs.
-    """
+def contest(title, runners, check, unit, n=1, floor=None):
+    """A group of the table: runs all, checks {way: result}, times them. n: units of work in a run."""
+    done = {way: peak_memory(runner) for way, runner in runners.items()}
+    check({way: result for way, (result, _) in done.items()})
+    times = race(runners)
+    for way in [way for way in times if noise(times[way]) > 0.25]:
+        times[way] = min(times[way], race({way: runners[way]})[way], key=noise)
     print(f"\n{title:44}{'seconds':>9}{'+-':>6}{unit + '/s':>11}{'x ours':>8}{'GiB':>7}{'before':>8}"
-          f"{'TFLOP/s':>9}{'MFU':>6}")
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+          f"{'floor':>7}")
     for way, seconds in times.items():
-        s = median(seconds)
-        noise = (max(seconds) - min(seconds)) / s
-        spread = f"{noise:.0%}{'!' * (noise > 0.25)}" if len(seconds) > 1 else "once"
+        s, memory = median(seconds), done[way][1]
+        spread = f"{noise(seconds):.0%}{'!' * (noise(seconds) > 0.25)}" if len(seconds) > 1 else "once"
         line = f"  {way:42}{s:9.4g}{spread:>6}{n / s:11,.2f}{s / median(times[OURS]):8.2f}"
-        line += "{:7.2f}{:8.2f}".format(*memory[way]) if memory else f"{'':15}"
-        if flop:
-            speed = flop / s / 1e12
-            line += f"{speed:9.3f}"
-            line += "".join(f"{speed / peak:6.0%}" for name, peak in PEAK_TFLOPS.items() if name in card)
-        print(line, flush=True)
-        ROWS.append({"title": title, "way": way, "seconds": seconds, "unit": unit, "n": n,
-                     "memory": memory and memory[way], "flop": flop})
+        line += "{:7.2f}{:8.2f}".format(*memory) if memory else f"{'':15}"
+        print(line + (f"{floor / s:7.0%}" if floor else ""), flush=True)
+        ROWS.append({"title": title, "way": way, "seconds": seconds, "unit": unit, "n": n, "memory": memory})
+
+
+def attention_kernels(runner):
+    """The names of the operations in which a run's attention was computed."""
+    with profile() as events:
+        runner()
+    return sorted({event.key for event in events.key_averages() if "_scaled_dot_product" in event.key})
 
 
 # ---------------------------------------------------------------------------------------------------- tables
 
 
-def check_answers(answers, exact):
+def check_answers(answers, exact, in_format=True):
     """answers: {way: tokens of each answer}. Fails if they differ, or if the comparison would be idle."""
     ours = np.array(answers[OURS])
-    template = [token for known in CHAT.coordinates.known for token in (*known, None)]
-    for column, known in zip(ours.T, template, strict=True):
-        assert known is None or (column == known).all(), "the network does not keep to the format"
-    assert len(np.unique(ours[:, 3])) > len(ours) / 4, "nearly all questions get the same answer"
+    if in_format:
+        template = [token for known in CHAT.coordinates.known for token in (*known, None)]
+        for column, known in zip(ours.T, template, strict=True):
+            assert known is None or (column == known).all(), "the network does not keep to the format"
+        assert len(np.unique(ours[:, 3])) > len(ours) / 4, "nearly all questions get the same answer"
     for way, tokens in answers.items():
         # In bf16 products of other shapes round otherwise, and a close call between two numbers may go either
         # way. All tokens must be equal in fp32, in which a tiny network is checked before.
         equal = (np.array(tokens) == ours).mean()
         assert equal >= (1 if exact else 0.9), f"{way}: {equal:.1%} of the tokens are equal"
-
-
-def answers_table(model, size, cases, exact, timed=True):
-    model.eval(), Twin(model).eval()
-    for P, K in cases:
-        runners, questions = answering(model, P, K)
-        check_answers({way: run() for way, run in runners.items()}, exact)
-        if not timed:
-            continue
-        memory = None
-        if K == 17:
-            memory = {way: peak_memory(run, size, "answering", way, P, K) for way, run in runners.items()}
-        R, S = P * K, model.vit.n_patches + 2
-        text = sum(len(question) + 3 for asked in questions for question in asked)
-        flop = needed(model, P, [
-            (P * S, S / 2, 0),  # photo
-            (text, S + text / R / 2, 4 * R),  # questions and " [0.", which ends in 4 predictions
-            (4 * R, S + text / R, 4 * R)])  # ddd ",0.", likewise
-        title = f"answering, {K} keypoints, {P} photo{'s' * (P > 1)} at a time"
-        print_rows(title, "photos", race(runners), P, memory, flop)
 
 
 def check_training(model, batch, exact):
@@ -409,91 +370,75 @@ def check_training(model, batch, exact):
     assert apart < (1e-3 if exact else 0.5), f"gradients {apart:.1e} apart"
 
 
-def training_table(model, size, batches, exact, timed=True):
-    for B in batches:
+def tables(size, model, exact, chat=None):
+    """Trains and answers, in all ways that there are for this size."""
+    is_big = size == "8b"
+    floors = FLOORS if is_big else {}
+    for B in (1, 2, 4) if is_big else (1,):
         runners, batch = training(model, B)
         check_training(model, batch, exact)
-        if not timed:
-            continue
-        for step in runners.values():
-            step()  # the first makes Adam's state
-        memory = {way: peak_memory(run, size, "training", way, B) for way, run in runners.items()}
-        T, n_labels = model.vit.n_patches + batch[1].shape[1], (batch[2] != IGNORE).sum().item()
-        # forward, and back to the inputs: frozen weights need no gradients
-        flop = 2 * needed(model, B, [(B * T, T / 2, n_labels)])
-        title = f"training step, {B} conversation{'s' * (B > 1)}"
-        print_rows(title, "tokens", race(runners), B * T, memory, flop)
+        runners[OURS]()  # the first step makes Adam's state
+        T, floor = B * (model.vit.n_patches + batch[1].shape[1]), B * floors.get("training", 0)
+        contest(f"training step, {B} x {T // B} positions", runners, lambda _: None, "tokens", T, floor)
+    model.eval(), Twin(model).eval()
+    for P, K in [(1, 8), (1, 17), (1, 68), *[(8, 17)] * is_big]:
+        runners = answering_really(model, K, chat) if chat else answering(model, P, K)
+        contest(f"answering, {K} keypoints, {P} photo{'s' * (P > 1)} at a time", runners,
+                partial(check_answers, exact=exact, in_format=not chat), "photos", P, P * floors.get(K, 0))
+    print("\nattention of the last photo:", *attention_kernels(runners[OURS]))
 
 
-def cropping_table():
-    rng = np.random.default_rng(0)
-    scene = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
-    scene = np.asarray(scene.resize((4000, 3000), Image.Resampling.BICUBIC))
-    scene = (scene + rng.normal(0, 6, (3000, 4000, 1))).clip(0, 255).astype(np.uint8)
-
-    def plain(path, box):
-        with Image.open(path) as photo:
-            square = photo.convert("RGB").crop(box).resize((224, 224), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "photo.jpg")
-        Image.fromarray(scene).save(path, quality=90)
-        for side in 500, 1800:
-            box = 2000 - side // 2, 1500 - side // 2, 2000 + side // 2, 1500 + side // 2
-            runners = {OURS: partial(Crop(2000, 1500, side).cut, path, 224),
-                       "decode, crop, resize": partial(plain, path, box)}
-            ours, theirs = (run().float() for run in runners.values())
-            # of 255; not equal, since ours is decoded at a smaller scale
-            assert (ours - theirs).abs().mean() < 2, "the crops differ"
-            print_rows(f"crop of {side} x {side} from a 12-megapixel JPEG", "crops", race(runners, 9), 1)
-
-
-def loading_table(size):
+def loading_table(device, dtype):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=5632, num_hidden_layers=12,
                          num_attention_heads=32, num_key_value_heads=8, head_dim=64, dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
-        model = LlamaForCausalLM._from_config(config)
-        model.save_pretrained(folder, max_shard_size="500MB")
-        done = {way: [alone(size, "loading", way, folder) for _ in range(3)]
-                for way in (OURS, "from_pretrained")}
-    assert len({run["sum"] for runs in done.values() for run in runs}) == 1, "the weights loaded differ"
-    gigabytes = sum(p.numel() for p in model.parameters()) * 2 / 1e9
-    times = {way: [run["seconds"] for run in runs] for way, runs in done.items()}
-    memory = {way: max(run["memory"] for run in runs) for way, runs in done.items()}
-    print_rows(f"loading {gigabytes:.1f} GB of bf16 in shards of 0.5", "GB", times, gigabytes, memory)
+        LlamaForCausalLM._from_config(config).save_pretrained(folder, max_shard_size="500MB")
+
+        def load(way):
+            model = (Llama.load(folder, dtype, device) if way == OURS else
+                     LlamaForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device))
+            return sum(p.flatten()[::1000].sum(dtype=torch.float64).item() for p in model.parameters())
+
+        def check(sums):
+            assert len(set(sums.values())) == 1, "the weights loaded differ"
+        contest("loading 2.1 GB of bf16 in shards of 0.5", {way: partial(load, way) for way in
+                (OURS, "from_pretrained")}, check, "GB", 2.1)
 
 
 def main(argv):
     parser = argparse.ArgumentParser(description="Speed and memory beside Transformers + PEFT.")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--json", metavar="FILE", help="also write every run's seconds, GiB and FLOP there")
-    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--size", choices=[*SIZES, "real"], default="small")
+    parser.add_argument("--json", metavar="FILE", help="also write every run's seconds and GiB there")
     args = parser.parse_args(argv)
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    if args.job:
-        return print(json.dumps(do_job(device, dtype, *args.job)))
     import peft
     import transformers
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     ROWS.clear()
-    print(f"{where}, size {args.size}, {dtype}, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, peft {peft.__version__}")
-    tiny = build("tiny", device, torch.float32)
-    answers_table(tiny, "tiny", [(1, 17), (3, 5)], exact=True, timed=False)
-    training_table(tiny, "tiny", [1, 2], exact=True, timed=False)
-    model = build(args.size, device, dtype)
-    training_table(model, args.size, [1, 4] if gpu else [1], exact=not gpu)
-    answers_table(model, args.size, [(1, 8), (1, 17), (1, 68), *[(8, 17)] * gpu], exact=not gpu)
-    cropping_table()
+    print(f"{where}, size {args.size}, torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"peft {peft.__version__}")
+    if args.size == "real":
+        folder = Path(os.environ.get("CAPELLM_REAL", "no folder in CAPELLM_REAL"))
+        cpu = Path("/proc/cpuinfo")
+        has_bf16 = gpu or cpu.exists() and {"avx512_bf16", "amx_bf16"} & set(cpu.read_text().split())
+        for name in ("fp32", "bf16") if has_bf16 else ("fp32",):
+            print(f"\n{name}")
+            model = CapeLLM.load(folder / "vit", folder / "llm", device=device, dtype=name)
+            tables("real", model, name == "fp32", Chat(folder / "llm"))
+    else:
+        tiny = build("tiny", device, torch.float32)  # in which all must be equal
+        check_training(tiny, training(tiny, 2)[1], exact=True)
+        tiny.eval(), Twin(tiny).eval()
+        check_answers({way: run() for way, run in answering(tiny, 3, 5).items()}, exact=True)
+        tables(args.size, build(args.size, device, dtype), exact=not gpu)
     if args.size != "tiny":
-        loading_table(args.size)
+        loading_table(device, dtype)
     if args.json:
         write_json(args.json, {"where": where, "size": args.size, "torch": torch.__version__, "rows": ROWS})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)
