@@ -320,7 +320,7 @@ def contest(title, runners, check, unit, n=1, floor=None):
     for way in [way for way in times if noise(times[way]) > 0.25]:
         times[way] = min(times[way], race({way: runners[way]})[way], key=noise)
     print(f"\n{title:44}{'seconds':>9}{'+-':>6}{unit + '/s':>11}{'x ours':>8}{'GiB':>7}{'before':>8}"
-          f"{'floor':>7}")
+          + f"{'floor':>7}" * bool(floor))
     for way, seconds in times.items():
         s, memory = median(seconds), done[way][1]
         spread = f"{noise(seconds):.0%}{'!' * (noise(seconds) > 0.25)}" if len(seconds) > 1 else "once"
@@ -385,7 +385,8 @@ def tables(size, model, exact, chat=None):
         runners = answering_really(model, K, chat) if chat else answering(model, P, K)
         contest(f"answering, {K} keypoints, {P} photo{'s' * (P > 1)} at a time", runners,
                 partial(check_answers, exact=exact, in_format=not chat), "photos", P, P * floors.get(K, 0))
-    print("\nattention of the last photo:", *attention_kernels(runners[OURS]))
+    if is_big:
+        print("\nattention of the last photo:", *attention_kernels(runners[OURS]))
 
 
 def loading_table(device, dtype):
@@ -414,6 +415,7 @@ def main(argv):
     args = parser.parse_args(argv)
     import peft
     import transformers
+    transformers.utils.logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
