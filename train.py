@@ -237,7 +237,8 @@ def fit(training, batches, steps):
             if rank == 0 and is_due(done, args.log_every, steps):
                 bar.write(f"step {done:5d}  epoch {epoch + 1:2d}  loss {loss:.4f}  lr {lr:.2e}  "
                           f"|grad| {norm:.3f}  {n_tokens * world / seconds:,.0f} tokens/s"
-                          f"{memory_and_mfu(model, n_tokens / seconds, device)}")
+                          f"{memory_and_mfu(model, n_tokens / seconds, device)}"
+                          f"{f'  waited {waited / seconds:.0%}' if waited > 0.05 * seconds else ''}")
             if rank == 0 and is_stopped:  # before the validation, for which there may be no time
                 training.save(done)
             if is_due(done, args.validate, steps):

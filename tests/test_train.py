@@ -335,7 +335,8 @@ def test_log_tells_the_arithmetic_then_every_step(trained, tiny, capsys):
     assert numbers == {"vit": f"{layers * 2 * square:,}", "projection": f"{width * width + width:,}",
                        "llm": f"{layers * (square + value):,}"}
 
-    line = r"^step +(\d+)  epoch +(\d)  loss (\S+)  lr (\S+)  .*? [\d,]+ tokens/s  [\d.]+ GiB$"
+    line = (r"^step +(\d+)  epoch +(\d)  loss (\S+)  lr (\S+)  .*? [\d,]+ tokens/s  [\d.]+ GiB"
+            r"(?:  waited \d+%)?$")
     logged = re.findall(line, log, re.M)
     steps_and_epochs = [(int(step), int(epoch)) for step, epoch, *_ in logged]
     assert steps_and_epochs == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 2), (8, 2)]
@@ -699,6 +700,14 @@ def test_workers_do_not_print_the_traceback_of_a_broken_connection(trained, tmp_
     """Which they would if Ctrl-C came while they send a photo."""
     with silent_workers(train.TrainingSet, tmp_path):
         trained("--workers", 1, "--epochs", 1)
+
+
+def test_a_step_that_waits_for_photos_says_so(trained, monkeypatch, capsys):
+    collate = train.collate
+    monkeypatch.setattr(train, "collate", lambda items: time.sleep(0.2) or collate(items))
+    trained("--epochs", 1, "--workers", 0)
+    shares = re.findall(r"waited (\d+)%", capsys.readouterr().out)
+    assert shares and all(50 < int(share) <= 100 for share in shares)  # a step of the tiny network is faster
 
 
 class Unsendable:
