@@ -119,10 +119,12 @@ def end_with(line):
 def end_workers():
     """Ends those that read photos. They may hang, and would hold up the end of a program that failed."""
     if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them, too,
+        reports = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them, too,
         sys.unraisablehook = lambda *_: None  # and its own half-made iterator
         for worker in workers:
             worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, reports or signal.SIG_DFL)
 
 
 class Stop:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +28,7 @@ from chat import IGNORE, Chat  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from vit import ViT, ViTConfig  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where a shell runs us with "&"
 torch.set_num_threads(1)  # faster for tiny networks than two that wait for each other
 SPACE = "\u2581"  # SentencePiece's letter for a space
 LLAMA3_IDS = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "vocab_size": 128256}

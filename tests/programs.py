@@ -4,7 +4,6 @@ import io
 import multiprocessing
 import os
 import re
-import signal
 import socket
 import sys
 import traceback
@@ -30,12 +29,11 @@ def command_line(*arguments):
 
 def refused(program, arguments):
     """Runs a program as the command line would -> its one line of error. The exit code must be 2."""
-    said, at_child = io.StringIO(), signal.getsignal(signal.SIGCHLD)
+    said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", command_line("program", *arguments))
-        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # run() replaces it, and torch's handler
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # run() may replace it
         run(program.main)
-    signal.signal(signal.SIGCHLD, at_child)  # by which torch learns that a worker was killed
     assert stop.value.code == 2
     free_frames(stop.value)
     lines = re.sub(r"\x1b\[\w", "", said.getvalue()).replace("\r", "\n").splitlines()

@@ -32,6 +32,7 @@ from programs import (
     to_train,
 )
 
+import common
 import evaluate
 import train
 from chat import INSTRUCTIONS, PRETRAINING
@@ -720,8 +721,10 @@ def test_a_worker_that_is_lost_is_one_line_that_names_the_way_out(arguments, mon
     """It kills itself, or cannot send what it has read, since /dev/shm is full."""
     fail = {"killed": lambda _: os.kill(os.getpid(), signal.SIGKILL), "full": lambda _: Unsendable()}
     monkeypatch.setattr(train, "collate", fail[how])
+    monkeypatch.setattr(common, "PATIENCE_WITH_PHOTOS", 20)
     line = refused(train, arguments("--workers", 1))
     assert "a process that reads photos was lost" in line and "--workers 0" in line
+    assert "timed out" not in line  # noticed at once
 
 
 def test_ctrl_c_leaves_the_last_checkpoint_whole(arguments, tmp_path):
