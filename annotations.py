@@ -205,16 +205,8 @@ def keep_readable(instances, images, categories, allow_missing):
 
     With allow_missing, photos are read to their end, since one that breaks off would stop a training later.
     """
-    readable = {}
-    for photo in {instance.photo for instance in instances}:
-        try:
-            with open_image(Path(images, photo)) as image:
-                if allow_missing:
-                    image.draft(None, (1, 1))  # a JPEG is read at an eighth of its size, which is fast
-                    image.load()
-            readable[photo] = True
-        except UNREADABLE:
-            readable[photo] = False
+    photos = {instance.photo for instance in instances}
+    readable = {photo: is_readable(Path(images, photo), to_its_end=allow_missing) for photo in photos}
     refuse_missing([o for o in instances if not readable[o.photo]], images, categories, allow_missing)
     if not any(readable.values()):
         raise InputError(f"{images}: none of the photos of {len(instances)} objects is there")
@@ -228,6 +220,18 @@ def refuse_missing(instances, images, categories, allow_missing):
         raise InputError(f"{images}: photos of {len(instances)} objects are missing or unreadable "
                          f"({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. "
                          f"{instances[0].photo}; complete the folder or leave them out with --allow-missing")
+
+
+def is_readable(path, to_its_end):
+    """Whether a photo has a readable header or, to_its_end, can be decoded to its last pixel."""
+    try:
+        with open_image(path) as image:
+            if to_its_end:
+                image.draft(None, (1, 1))  # a JPEG is read at an eighth of its size, which is fast
+                image.load()
+        return True
+    except UNREADABLE:
+        return False
 
 
 def open_image(path):

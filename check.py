@@ -12,13 +12,14 @@ import os
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from annotations import UNREADABLE, annotation_file, open_image, parse_descriptions, read_instances
+from annotations import annotation_file, is_readable, parse_descriptions, read_instances
 from arguments import images_folder
 from checkpoint import load_chat, load_model
 from coco import read_coco, read_texts
@@ -60,22 +61,13 @@ def describe_shortfall(annotations):
     return f"{annotations}: holds only {' and '.join(lacks)}" if lacks else ""
 
 
-def is_whole(photo):
-    """Whether a photo can be decoded to its last pixel."""
-    try:
-        with open_image(photo) as image:
-            image.load()
-        return True
-    except UNREADABLE:
-        return False
-
-
 def check_photos(args, instances, categories):
     """instances: of all subsets. -> a line for each problem; the missing photos go into --missing-list."""
     images = Path(images_folder(args))
     photos = sorted({instance.photo for instance in instances})
+    decode = partial(is_readable, to_its_end=True)
     with ThreadPool() as pool:
-        whole = dict(zip(photos, tqdm(pool.imap(is_whole, [images / photo for photo in photos], 16),
+        whole = dict(zip(photos, tqdm(pool.imap(decode, [images / photo for photo in photos], 16),
                                       "photos", len(photos), leave=False, dynamic_ncols=True)))
     missing = [photo for photo in photos if not whole[photo]]
     if args.missing_list:

@@ -281,6 +281,17 @@ def read_json(path, kind=object):
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
 
 
+def read_json_lines(path):
+    """A file with a JSON value in each line -> the values. A line that a kill cut off is left out."""
+    values = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            pass
+    return values
+
+
 def without_duplicates(pairs):
     """An object's keys and values -> dict. Of two equal keys, json itself would silently keep the last."""
     entries = dict(pairs)

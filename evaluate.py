@@ -39,6 +39,7 @@ from common import (
     make_folder,
     natural,
     positive,
+    read_json_lines,
     run,
     say,
     start_processes,
@@ -173,17 +174,16 @@ class PartialResults:
         self.key, self.results = key, {}
         self.path = folder / f"partial-{rank}.jsonl"
         for path in sorted(folder.glob("partial-*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                self.take(line)
+            for entry in read_json_lines(path):
+                self.take(entry)
 
-    def take(self, line):
+    def take(self, entry):
         try:
-            entry = json.loads(line)
             if entry["key"] == self.key:
                 self.results[entry["instance"]] = [
                     Prediction(point and tuple(point), confidence, answer)
                     for point, confidence, answer in entry["found"]]
-        except (ValueError, TypeError, KeyError):  # cut off when the process was killed
+        except (ValueError, TypeError, KeyError):  # a line of something else
             pass
 
     def write(self, found):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from common import InputError, write_whole
+from common import InputError, read_json_lines, write_whole
 
 SIZE = WIDTH, HEIGHT = 900, 200  # pixels of a panel
 LEFT, RIGHT, TOP, BOTTOM = 80, 20, 34, 24  # its margins
@@ -23,13 +23,8 @@ FAINT, STRONG = (170, 195, 225), (30, 80, 160)
 
 
 def read_log(path):
-    """log.jsonl -> its lines as dictionaries. What is not JSON is left out, as a line that was cut off."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            pass
+    """log.jsonl -> its lines as dictionaries."""
+    lines = read_json_lines(path) if path.exists() else []
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
