@@ -59,7 +59,7 @@ class HieraConfig:
             if raw.get(key, COMMON.get(key)) != value:
                 raise InputError(f"{path}: {key} is {raw.get(key)!r}, "
                                  f"not {value!r} as in the published Hieras")
-        for key in raw.keys() & FIELDS.keys():
+        for key in raw.keys() & FIELDS.keys() | {"num_heads"}:  # no shape tells these
             get_field(raw, key, path, *FIELDS[key])
         config = cls(**{k: v for k, v in raw.items() if k in FIELDS})
         for key, values in ("depths", config.depths), ("num_heads", config.num_heads):

@@ -57,6 +57,7 @@ class LlamaConfig:
             raise InputError(f"{path}: {min(missing)} is missing")
         for key in known.keys() & FIELDS.keys():
             get_field(known, key, path, *FIELDS[key])
+        known.setdefault("rms_norm_eps", 1e-6)  # what older files leave out is as in Transformers
         known.setdefault("num_key_value_heads", raw["num_attention_heads"])
         known.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
         check_heads_and_rope(path, known, rope)

@@ -42,7 +42,7 @@ class ViTConfig:
         if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
             raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 "
                              "or dinov2_with_registers")
-        for key in raw.keys() & FIELDS.keys():
+        for key in raw.keys() & FIELDS.keys() | {"num_attention_heads"}:  # no shape tells this one
             get_field(raw, key, path, *FIELDS[key])
         config = cls(**{k: v for k, v in raw.items() if k in FIELDS})
         if config.hidden_size % config.num_attention_heads:

@@ -361,6 +361,8 @@ BROKEN_VIT = {
         ("mlp_ratio", None), ("layer_norm_eps", float("nan")), ("image_size", 13), ("patch_size", 0),
         ("use_swiglu_ffn", 1)),
     "patches that do not fit": (edit_config(patch_size=16), ["70", "patch size 16"]),
+    "config without heads": (
+        write("config.json", '{"model_type": "dinov2"}'), ["config.json", "num_attention_heads", "missing"]),
 }
 
 

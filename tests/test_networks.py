@@ -56,7 +56,7 @@ def rewrite_in_old_style(path):
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     config |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope if len(rope) > 1 else None)
-    defaults = ("rope_theta", 1e4), ("head_dim", 16), ("num_key_value_heads", 4)
+    defaults = ("rope_theta", 1e4), ("head_dim", 16), ("num_key_value_heads", 4), ("rms_norm_eps", 1e-6)
     path.write_text(json.dumps(dict(item for item in config.items() if item not in defaults)))
 
 
