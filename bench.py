@@ -112,42 +112,37 @@ class Twin(nn.Module):
         labels = F.pad(labels, (x.shape[1] - labels.shape[1], 0), value=IGNORE)
         return self.llama(inputs_embeds=x, labels=labels, use_cache=False).loss
 
-    @torch.no_grad()
     def generate(self, photos, photo_of, questions, chat, published=False):
-        """What Transformers' generate() does, less its bookkeeping: greedy, cached, padded on the left.
+        """Greedy answers, held to the format.
 
         published: the ViT runs again for every token, logits are made at every position, and five tokens more
         are asked for than the coordinates need, as in the authors' code.
         """
-        N, T, held = (photos.shape[-1] // 14) ** 2, max(map(len, questions)), hold(chat.coordinates)
+        form, N, T = chat.coordinates, (photos.shape[-1] // 14) ** 2, max(map(len, questions))
+        held = [choices for known in form.known for choices in (*([token] for token in known), form.digits)]
         start = [chat.bos] + [-2] * N + chat.newline  # -2: the photo, -1: padding
         tokens = torch.tensor([[-1] * (T - len(q)) + start + q for q in questions], device=photos.device)
-        mask, embed, cached, said = (tokens != -1).long(), self.llama.model.embed_tokens, None, []
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        for choices in held + [None] * 5 * published:
-            if not said or published:
-                image = self.see(photos)[photo_of]
-            x = embed(said[-1][:, None] if said else tokens.clamp(min=0))
-            if not said:
-                x = x.masked_scatter((tokens == -2)[..., None], image.to(x.dtype))
-            out = self.llama(inputs_embeds=x, attention_mask=mask, position_ids=positions,
-                             past_key_values=cached, use_cache=True, logits_to_keep=0 if published else 1)
-            choices = torch.tensor(choices or range(out.logits.shape[-1]), device=photos.device)
-            said.append(choices[out.logits[:, -1, choices].argmax(-1)])
-            cached, mask, positions = out.past_key_values, F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
-        return torch.stack(said, dim=1)[:, :len(held)].tolist()
+
+        def keep_format(said, scores):
+            if published and said.shape[1]:
+                self.see(photos[photo_of])
+            choices = held[said.shape[1]] if said.shape[1] < len(held) else range(scores.shape[1])
+            choices = torch.tensor(choices, device=photos.device)
+            return torch.full_like(scores, -math.inf).index_copy(1, choices, scores[:, choices])
+
+        with torch.no_grad():
+            x, image = self.llama.model.embed_tokens(tokens.clamp(min=0)), self.see(photos)[photo_of]
+            answers = self.llama.generate(
+                inputs_embeds=x.masked_scatter((tokens == -2)[..., None], image.to(x.dtype)),
+                attention_mask=tokens != -1, logits_processor=[keep_format], do_sample=False, eos_token_id=-1,
+                max_new_tokens=len(held) + 5 * published, logits_to_keep=0 if published else 1)
+        return answers[:, :len(held)].tolist()
 
 
 def trained(network):
     """The adapters and the projection, in the same order in CapeLLM and Twin."""
     adapters = [p for name, p in network.named_parameters() if "lora" in name]
     return adapters + list(network.projection.parameters())
-
-
-def hold(answer_format):
-    """For each token of an answer in the format, up to the last digit, the tokens that it may be."""
-    return [choices for known in answer_format.known
-            for choices in (*([token] for token in known), answer_format.digits)]
 
 
 # ------------------------------------------------------------------------------------------------- the tasks

@@ -144,17 +144,22 @@ def answer_in_format(conversations, questions, answer_format, constrained=False)
         if constrained:
             scores = F.linear(hidden[:, -1], llama.lm_head.weight[digits]).float()  # (R, digits)
         else:
-            logits = llama.lm_head(hidden).float()  # (R, n, V)
-            scores = logits[:, -1, digits]
+            scores, likeliest = compare_tokens(llama, hidden, digits)
         choice = digits[scores.argmax(-1)].tolist()
         said = [known + [digit] for digit in choice]
         if not constrained:
-            agrees &= (logits.argmax(-1).cpu() == torch.tensor(said)).all(1)
+            agrees &= (likeliest.cpu() == torch.tensor(said)).all(1)
         for r, p in enumerate(scores.softmax(-1).cpu().numpy()):
             answers[r] += said[r]
             distributions[r].append(p)
         unread = [[digit] for digit in choice]
     return answers, agrees.tolist(), distributions
+
+
+def compare_tokens(llama, hidden, digits):
+    """Hidden states (R, n, D) -> logits of `digits` at the last position, and the likeliest token at each."""
+    logits = llama.lm_head(hidden).float()  # (R, n, V), 0.5 MB a position: not to be kept
+    return logits[:, -1, digits], logits.argmax(-1)  # (R, digits), (R, n)
 
 
 def answer_questions(conversations, questions, answer_format, constrained=False):
