@@ -163,33 +163,33 @@ def ask_together(model, chat, photos, categories, batches, process, workers, kep
 
 
 class PartialResults:
-    """The predictions of an evaluation that is not finished, in partial-RANK.jsonl where its results will be.
+    """The predictions of an evaluation that is not finished, in partial-KEY-RANK.jsonl with its results.
 
-    A line is {"key", "instance": its index, "found": [[point, confidence, answer], ...]}. It counts only for
-    the same `key`, see fingerprint(). All processes read what any has written, for there may be more or fewer
-    than before.
+    A line is {"instance": its index, "found": [[point, confidence, answer], ...]}. key: see fingerprint();
+    the file's name has the beginning of it. All processes read what any has written, for there may be more
+    or fewer than before.
     """
 
     def __init__(self, folder, key, rank):
-        self.key, self.results = key, {}
-        self.path = folder / f"partial-{rank}.jsonl"
-        for path in sorted(folder.glob("partial-*.jsonl")):
+        self.folder, self.name, self.results = folder, f"partial-{key[:16]}", {}
+        self.path = folder / f"{self.name}-{rank}.jsonl"
+        for path in self.files():
             for entry in read_json_lines(path):
                 self.take(entry)
 
+    def files(self):
+        return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
+
     def take(self, entry):
         try:
-            if entry["key"] == self.key:
-                self.results[entry["instance"]] = [
-                    Prediction(point and tuple(point), confidence, answer)
-                    for point, confidence, answer in entry["found"]]
+            self.results[entry["instance"]] = [Prediction(point and tuple(point), confidence, answer)
+                                               for point, confidence, answer in entry["found"]]
         except (ValueError, TypeError, KeyError):  # a line of something else
             pass
 
     def write(self, found):
         """Adds what predict_batch() gave, but for unreadable photos."""
-        lines = [{"key": self.key, "instance": i,
-                  "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
+        lines = [{"instance": i, "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
                  for i, of_photo in found.items() if of_photo]
         make_folder(self.path.parent)
         try:
@@ -197,6 +197,11 @@ class PartialResults:
                 file.write("".join(f"\n{json.dumps(line)}" for line in lines))  # the last may be cut off
         except OSError as e:
             raise InputError(f"{self.path}: cannot be written ({e})") from None
+
+    def remove(self):
+        """Removes the files of this evaluation, not those of others that were stopped in the same folder."""
+        for path in self.files():
+            path.unlink()
 
 
 def fingerprint(args, checkpoint, instances, categories, images):
@@ -217,7 +222,7 @@ def fingerprint(args, checkpoint, instances, categories, images):
 def ask_checkpoint(args, checkpoint, instances, categories, images):
     """Asks a checkpoint's network about all instances, but for those of an evaluation that was stopped.
 
-    -> {index: Predictions or None}; on every process but the first, None.
+    -> {index: Predictions or None}, or None on every process but the first; and the PartialResults.
     """
     process = start_processes()
     model, chat = load_trained(checkpoint, process.device, args.llm, args.vit, args.dtype)
@@ -230,7 +235,7 @@ def ask_checkpoint(args, checkpoint, instances, categories, images):
     results = ask_together(
         model, chat, photos, categories, make_batches(instances, args.batch), process, args.workers, kept,
         constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
-    return results if process.rank == 0 else None
+    return results if process.rank == 0 else None, kept
 
 
 class Validation:
@@ -394,7 +399,7 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
     """Asks a checkpoint's model about all instances, and writes the report, the predictions and a picture."""
     n_annotated = len(instances)
     instances = keep_readable(instances, images, categories, args.allow_missing)
-    results = ask_checkpoint(args, checkpoint, instances, categories, images)
+    results, kept = ask_checkpoint(args, checkpoint, instances, categories, images)
     if results is None:
         return
     broken = [instance for i, instance in enumerate(instances) if results[i] is None]
@@ -413,8 +418,7 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
          "confidence": [c and round(c, 2) for c in of_photo]}
         for instance, points, of_photo in zip(instances, predicted, confidence)])
     draw_sheet(out / "predictions.png", instances, predicted, categories, images, confidence)
-    for path in out.glob("partial-*.jsonl"):
-        path.unlink()
+    kept.remove()
     print(f"wrote {out}/report.json, predictions.json, predictions.png")
 
 
