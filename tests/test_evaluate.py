@@ -479,6 +479,16 @@ def test_a_file_without_instances_is_refused(checkpoint, tmp_path):
     assert f"{path}: no object to evaluate" in refused(evaluate, [checkpoint / "ckpt.pt", "--data", data])
 
 
+def test_annotations_of_one_id_are_refused_since_predictions_go_by_it(checkpoint, tmp_path):
+    data = shutil.copytree(checkpoint / "data", tmp_path / "data")
+    path = data / "annotations" / "mp100_split1_test.json"
+    contents = json.loads(path.read_text())
+    contents["annotations"][1]["id"] = 100
+    path.write_text(json.dumps(contents))
+    line = refused(evaluate, [checkpoint / "ckpt.pt", "--data", data])
+    assert f"{path}: 2 annotations have the id 100" in line
+
+
 def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch, capsys):
     """To the same bytes, asking what is left; another question asks everything and spares it."""
     evaluated("--constrained")
