@@ -125,6 +125,17 @@ def open_photo(photo):
         raise InputError(f"{name}: not a readable photo ({e}){advice}") from None
 
 
+def parse_box(text):
+    """ "x,y,w,h" -> four numbers; "" -> None, the whole photo. InputError for anything else."""
+    if not text.strip():
+        return None
+    try:
+        x, y, w, h = map(float, text.split(","))
+        return x, y, w, h
+    except ValueError:
+        raise InputError(f'box "{text}": write x, y, width, height, four numbers') from None
+
+
 def check_box(box, photo):
     """-> x, y, w, h, those of the whole photo if box is None. A box may reach over the edge."""
     width, height = photo.size
@@ -137,6 +148,13 @@ def check_box(box, photo):
         raise InputError(f"box {x:g},{y:g},{w:g},{h:g}: lies outside the photo, which is {width} x {height} "
                          "pixels, or is empty")
     return x, y, w, h
+
+
+def round_off(value):
+    """For people: a number to 2 digits behind the point, a distribution to 6; None as it is."""
+    if value is None:
+        return None
+    return value.round(6).tolist() if isinstance(value, np.ndarray) else round(value, 2)
 
 
 # ------------------------------------------------------------------------------------------------- keypoints

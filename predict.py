@@ -19,17 +19,18 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint
 from common import InputError, make_folder, printable, read_json, run, write_json
 from draw import draw_points, save_picture
-from locator import Locator, check_box, make_category, open_photo, parse_keypoint, parse_keypoints, read_sets
+from locator import (
+    Locator,
+    check_box,
+    make_category,
+    open_photo,
+    parse_box,
+    parse_keypoint,
+    parse_keypoints,
+    read_sets,
+    round_off,
+)
 from model import DTYPES
-
-
-def parse_box(text):
-    """ "x,y,w,h" -> four numbers."""
-    try:
-        x, y, w, h = map(float, text.split(","))
-        return x, y, w, h
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not x,y,width,height, four numbers") from None
 
 
 def looks_like_corners(box, photo):
@@ -112,7 +113,8 @@ def write_tables(folder, found, form):
     rows, objects, contents = [("photo", "object", "keypoint", "x", "y", "confidence")], {}, []
     for job, points in found:
         objects[job.path] = objects.get(job.path, 0) + 1
-        named = [{"name": name, **round_off(p)} for name, p in points.items()]
+        named = [{"name": name, **{part: round_off(getattr(p, part)) for part in ("x", "y", "confidence")}}
+                 for name, p in points.items()]
         contents.append({"photo": str(job.path), "box": job.box, "keypoints": named})
         rows += [(job.path, objects[job.path], *point.values()) for point in named]
     if form == "coco":
@@ -130,11 +132,6 @@ def disarm(cell):
     """A cell of a table. An apostrophe before a text keeps a spreadsheet from taking it for a formula."""
     is_formula = isinstance(cell, (str, Path)) and str(cell).startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{cell}" if is_formula else cell
-
-
-def round_off(found):
-    values = {"x": found.x, "y": found.y, "confidence": found.confidence}
-    return {key: None if value is None else round(value, 2) for key, value in values.items()}
 
 
 def coco_result(job, points):

@@ -211,8 +211,8 @@ OUTSIDE = ["0,0,0,9", "500,0,9,9", "nan,0,9,9", "0,0,inf,9", "0,0,9,inf", "-inf,
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (["--box", "1,2,3"], "1,2,3 is not x,y,width,height"),
-    (["--box", "a,b,c,d"], "a,b,c,d is not x,y,width,height"),
+    (["--box", "1,2,3"], 'box "1,2,3": write x, y, width, height, four numbers'),
+    (["--box", "a,b,c,d"], 'box "a,b,c,d": write x, y, width, height, four numbers'),
     *(([f"--box={box}"], "lies outside the photo, which is 110 x 80 pixels") for box in OUTSIDE),
     (["--out", "README.md/out"], "README.md/out: cannot be made"),
     (["--llm", "nowhere"], "nowhere/"),
