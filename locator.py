@@ -91,14 +91,15 @@ class Locator:
 
 
 def read_sets(descriptions, path, more=None):
-    """-> {name: Category}: the keypoint sets and categories of a checkpoint's descriptions and of a file.
+    """-> {name: Category}: the keypoint sets and categories of a checkpoint's descriptions, then of a file.
 
     path: where the descriptions are from. more: the file; descriptions.json beside this program if None.
     """
     sets = {}
-    for raw, source in (read_json(more or DESCRIPTIONS, dict), more or DESCRIPTIONS), (descriptions, path):
+    for raw, source in (descriptions, path), (read_json(more or DESCRIPTIONS, dict), more or DESCRIPTIONS):
         for number, category in parse_descriptions(raw, source).items():
-            sets[raw["categories"][str(number)]["keypoint_set"]] = sets[category.name] = category
+            for name in raw["categories"][str(number)]["keypoint_set"], category.name:
+                sets.setdefault(name, category)
     return sets
 
 

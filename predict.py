@@ -20,6 +20,7 @@ from checkpoint import read_checkpoint
 from common import InputError, make_folder, printable, read_json, run, write_json
 from draw import draw_points, save_picture
 from locator import (
+    DESCRIPTIONS,
     Locator,
     check_box,
     make_category,
@@ -190,21 +191,30 @@ def parse_arguments(argv):
     return args
 
 
-def print_sets(sets, chosen):
-    """All sets by name, or the texts of one."""
-    if chosen:
-        for name, description in parse_keypoints(chosen, sets).keypoints:
-            print(printable(f"{name}: {description}"))
-    else:
-        for name, category in sorted(sets.items()):
-            print(printable(f"{name}: {', '.join(keypoint for keypoint, _ in category.keypoints)}"))
+def print_sets(sets, own, args):
+    """The sets that the checkpoint brings, `own`, and then the others, each with all its names."""
+    names = {}
+    for name, category in sets.items():
+        names.setdefault(tuple(category.keypoints), []).append(name)
+    lines = {True: [], False: []}
+    for keypoints, called in names.items():
+        line = f"{', '.join(called)}: {', '.join(keypoint for keypoint, _ in keypoints)}"
+        lines[called[0] in own].append(printable(line))
+    print(f"sets of {args.checkpoint}:", *sorted(lines[True]), sep="\n")
+    if lines[False]:
+        print(f"\nmore sets, of {args.descriptions or DESCRIPTIONS.name}:", *sorted(lines[False]), sep="\n")
 
 
 def main(argv):
     args = parse_arguments(argv)
-    sets = read_sets(read_checkpoint(args.checkpoint)["descriptions"], args.checkpoint, args.descriptions)
+    descriptions = read_checkpoint(args.checkpoint)["descriptions"]
+    sets = read_sets(descriptions, args.checkpoint, args.descriptions)
+    if args.list and args.keypoints:
+        for name, description in parse_keypoints(args.keypoints, sets).keypoints:
+            print(printable(f"{name}: {description}"))
+        return
     if args.list:
-        return print_sets(sets, args.keypoints)
+        return print_sets(sets, descriptions["keypoint_sets"], args)
     how = args.checkpoint, args.decode, args.llm, args.vit, args.descriptions, args.dtype
     if args.serve:
         from page import serve

@@ -242,5 +242,9 @@ def test_sets_and_their_texts_are_listed(folder, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "kite: tip, tail, left corner" in said
     assert any(line.startswith("person: ") for line in said)
+    others = said.index("more sets, of descriptions.json:")
+    assert said[0] == f"sets of {folder / 'ckpt.pt'}:" and said.index("kite: tip, tail, left corner") < others
+    assert said[others + 1].startswith("animal_body, horse_body, dog_body, ")
+    assert sum("root of tail" in line for line in said) == 1  # though 34 categories have it
     predict.main(command_line(folder / "ckpt.pt", "--list", "--keypoints", "kite"))
     assert capsys.readouterr().out.splitlines() == [f"{name}: {text}" for name, text in KITE.keypoints]
