@@ -161,6 +161,13 @@ def stop_with(number):
 # -------------------------------------------------------------------------------------------------- arguments
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults, but for None, False and 0."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
 def positive(text, most=10**6):
     """The type of an argument that is a whole number above 0, up to `most`."""
     if not (text.isdecimal() and int(text)):

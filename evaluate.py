@@ -35,6 +35,7 @@ from check import describe_shortfall
 from checkpoint import load_trained, read_checkpoint
 from coco import list_texts, read_coco, read_texts, replace_texts
 from common import (
+    Help,
     InputError,
     loader_options,
     make_folder,
@@ -282,35 +283,32 @@ def points_of(predictions):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Evaluates a checkpoint, or scores predictions.",
-                                     allow_abbrev=False)
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="what train.py wrote")
-    add("--score", metavar="JSON", help="score these predictions instead")
-    add("--data", help="MP-100; default: that of the checkpoint, or data/mp100")
-    add("--split", type=positive, help="default: that of the checkpoint, or 1")
-    add("--annotations", metavar="JSON", help="your own data instead, a COCO keypoints file; default: what "
-        "the training was given as --val")
-    add("--images", metavar="DIR", help="its photos; default: those of the training")
-    add("--subset", choices=["train", "val", "test"], default="test")
-    add("--descriptions", help="texts that replace those of the same category")
-    add("--llm", help="where its weights are now, if they were moved since")
-    add("--vit", help="likewise")
-    add("--dtype", choices=DTYPES,
-        help="of frozen weights and of computing; default: bf16 on CUDA, fp32 elsewhere")
-    add("--protocol", choices=["query", "pairs"], default="query",
-        help="Table 2: each object once, or support-query pairs")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s CKPT [options]\n       %(prog)s --score JSON [options]", allow_abbrev=False,
+        description="Evaluates a checkpoint, or scores predictions.", formatter_class=Help)
+    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="what train.py wrote")
+    parser.add_argument("--score", metavar="JSON", help="score these predictions instead")
+    add_data(parser.add_argument_group("data").add_argument)
+    add = parser.add_argument_group("asking the checkpoint").add_argument
+    add("--decode", choices=["greedy", "median", "mean"], default="greedy",
+        help="what to take of each coordinate's distribution")
     add("--constrained", action="store_true", help="hold answers to the format, so that none is malformed")
     add("--cumulative", action="store_true", help="ask a photo's keypoints one after another in one "
         "conversation, in the order of the descriptions, the model's own answers among the questions")
-    add("--decode", choices=["greedy", "median", "mean"], default="greedy",
-        help="what to take of each coordinate's distribution")
-    add("--allow-missing", action="store_true",
-        help="go on without objects whose photo or prediction is missing")
-    add("--batch", type=positive, default=64, help="questions asked at a time: memory against speed")
-    add("--workers", type=partial(natural, most=1000), default=2, help="processes that read photos, per GPU")
-    add("--out", help="folder of the results; default: that of the checkpoint, with val/ or train/ for those")
-    add("--report", metavar="JSON", help="where the report goes; default: report.json in --out")
+    add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
+    add("--vit", metavar="DIR", help="likewise")
+    add("--dtype", choices=DTYPES,
+        help="of frozen weights and of computing (default: bf16 on CUDA, fp32 elsewhere)")
+    add("--batch", type=positive, default=64, metavar="N",
+        help="questions asked at a time: memory against speed")
+    add("--workers", type=partial(natural, most=1000), default=2, metavar="N",
+        help="processes that read photos, per GPU")
+    add = parser.add_argument_group("results").add_argument
+    add("--protocol", choices=["query", "pairs"], default="query",
+        help="Table 2: each object once, or support-query pairs")
+    add("--out", metavar="DIR",
+        help="their folder (default: that of the checkpoint, with val/ or train/ for those)")
+    add("--report", metavar="JSON", help="where the report goes (default: report.json in --out)")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.score):
         parser.error("give either a checkpoint or --score predictions.json")
@@ -318,6 +316,18 @@ def parse_arguments(argv):
         parser.error("--constrained, --cumulative and --decode say how a checkpoint is asked; "
                      "--score asks nothing")
     return args
+
+
+def add_data(add):
+    add("--data", metavar="DIR", help="MP-100 (default: that of the checkpoint, or data/mp100)")
+    add("--split", type=positive, metavar="N", help="of MP-100 (default: that of the checkpoint, or 1)")
+    add("--subset", choices=["train", "val", "test"], default="test", help="of the split")
+    add("--annotations", metavar="JSON", help="your own data instead, a COCO keypoints file (default: what "
+        "the training was given as --val)")
+    add("--images", metavar="DIR", help="its photos (default: those of the training)")
+    add("--descriptions", metavar="JSON", help="texts that replace those of the same category")
+    add("--allow-missing", action="store_true",
+        help="go on without objects whose photo or prediction is missing")
 
 
 def read_data(args, checkpoint, trained):

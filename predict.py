@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import read_checkpoint
-from common import InputError, make_folder, printable, read_json, run, write_json
+from common import Help, InputError, make_folder, printable, read_json, run, write_json
 from draw import draw_points, save_picture
 from locator import (
     DESCRIPTIONS,
@@ -157,29 +157,40 @@ def name_picture(path, taken):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Finds keypoints in photos.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s CKPT PHOTO... -k 'NAME: TEXT' [-k ...] [options]\n"
+        "       %(prog)s CKPT PHOTO... --keypoints SET [options]\n"
+        "       %(prog)s CKPT --list\n       %(prog)s CKPT --serve", allow_abbrev=False,
+        description="Finds keypoints in photos.", formatter_class=Help)
     add = parser.add_argument
-    add("checkpoint", help="what train.py wrote")
-    add("photos", nargs="*", type=Path, help="photos, or folders of photos (without those within)")
+    add("checkpoint", metavar="CKPT", help="what train.py wrote")
+    add("photos", nargs="*", type=Path, metavar="PHOTO", help="photos, or folders of them (not those within)")
+    add = parser.add_argument_group("what to find, and where").add_argument
     add("-k", "--keypoint", action="append", default=[], metavar="'NAME: TEXT'",
         help="a keypoint and where it is; may be repeated")
     add("--keypoints", metavar="SET", help='a set of keypoints, see --list; or "name: text; name: text"; or '
         "a file: .json {name: text}, or .txt with one a line")
-    add("--box", type=parse_box, help="x,y,width,height of the object in pixels, --box=-5,... if it begins "
-        "with a minus; default: the whole photo")
-    add("--boxes", metavar="COCO.json", help="photos and boxes from a COCO file, below the folder given")
-    add("--out", type=Path, metavar="FOLDER", help="where pictures, keypoints.json and keypoints.csv go; "
+    add("--descriptions", metavar="JSON", help="a file of more keypoint sets (default: descriptions.json "
+        "beside this program)")
+    add("--list", action="store_true", help="show the sets of keypoints, or the texts of --keypoints")
+    add("--box", type=parse_box, metavar="X,Y,W,H", help="left, top, width and height of the object in "
+        "pixels, --box=-5,... if it begins with a minus (default: the whole photo)")
+    add("--boxes", metavar="JSON", help="photos and boxes from a COCO file, below the folder given")
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=Path, metavar="DIR", help="where pictures, keypoints.json and keypoints.csv go; "
         "in the table, an apostrophe stands before a name that a spreadsheet would take for a formula")
-    add("--format", choices=["plain", "coco"], default="plain", help="of keypoints.json: COCO's results")
+    add("--format", choices=["plain", "coco"], default="plain",
+        help="of keypoints.json: with names, or COCO's results")
+    add = parser.add_argument_group("the model").add_argument
     add("--decode", choices=["greedy", "median", "mean"], default="greedy",
         help="what to take of each coordinate's distribution")
-    add("--descriptions", help="a file of more keypoint sets; default: descriptions.json of this program")
-    add("--llm", help="where its weights are now, if they were moved since the training")
-    add("--vit", help="likewise")
-    add("--dtype", choices=DTYPES, help="of weights and of computing; default: bf16 on CUDA, else fp32")
-    add("--list", action="store_true", help="show the sets of keypoints, or the texts of --keypoints")
+    add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
+    add("--vit", metavar="DIR", help="likewise")
+    add("--dtype", choices=DTYPES,
+        help="of frozen weights and of computing (default: bf16 on CUDA, fp32 elsewhere)")
+    add = parser.add_argument_group("the page").add_argument
     add("--serve", action="store_true", help="open a page to try it, for this computer only")
-    add("--port", type=int, default=8000, help="of the page")
+    add("--port", type=int, default=8000, metavar="N", help="of the page")
     args = parser.parse_args(argv)
     if not (args.list or args.serve):
         if not args.photos:
