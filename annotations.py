@@ -91,6 +91,8 @@ def read_instances(path, categories):
     which matters in an evaluation alone: see refuse_same_ids(). InputError names the annotation that is
     malformed or does not fit the descriptions.
     """
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; say with --data where MP-100 is")
     raw, annotations = read_json(path), {}
     photos = by_id(raw, "images", "image", path)
     for number, annotation in list_ids(raw, "annotations", path):
@@ -174,7 +176,7 @@ def make_instance(annotation, photo, categories, path):
         return None
     if category_id not in categories:
         raise InputError(f"{path}: category {category_id} has no descriptions; "
-                         "add it to the descriptions file")
+                         "add it to the file of --descriptions")
     category = categories[category_id]
     if len(points) != len(category.keypoints):
         raise InputError(f"{path}: annotation {number} has {len(points)} keypoints, but {category.name} has "

@@ -20,9 +20,10 @@ def rounds_type(text):
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--split N | --annotations JSON --images DIR] [options]", allow_abbrev=False,
+        usage="%(prog)s --split N [options, see --help]\n"
+        "       %(prog)s --annotations JSON --images DIR [options]",
         description="Fine-tunes CapeLLM on MP-100 or on your own data. The defaults are the paper's.",
-        formatter_class=Help)
+        formatter_class=Help, allow_abbrev=False)
     add_files(parser.add_argument_group)
     add = parser.add_argument_group("network").add_argument
     add("--image-size", type=partial(positive, most=MAX_IMAGE_SIZE), default=224, metavar="N",

@@ -193,7 +193,6 @@ class PartialResults:
         """Adds what predict_batch() gave, but for unreadable photos."""
         lines = [{"instance": i, "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
                  for i, of_photo in found.items() if of_photo]
-        make_folder(self.path.parent)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(f"\n{json.dumps(line)}" for line in lines))  # the last may be cut off
@@ -284,8 +283,9 @@ def points_of(predictions):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        usage="%(prog)s CKPT [options]\n       %(prog)s --score JSON [options]", allow_abbrev=False,
-        description="Evaluates a checkpoint, or scores predictions.", formatter_class=Help)
+        usage="%(prog)s CKPT [options, see --help]\n       %(prog)s --score JSON [options]",
+        description="Evaluates a checkpoint, or scores predictions.",
+        formatter_class=Help, allow_abbrev=False)
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="what train.py wrote")
     parser.add_argument("--score", metavar="JSON", help="score these predictions instead")
     add_data(parser.add_argument_group("data").add_argument)
@@ -411,6 +411,8 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
     """Asks a checkpoint's model about all instances, and writes the report, the predictions and a picture."""
     n_annotated = len(instances)
     instances = keep_readable(instances, images, categories, args.allow_missing)
+    out = find_folder(args)
+    make_folder(out)
     results, kept = ask_checkpoint(args, checkpoint, instances, categories, images)
     if results is None:
         return
@@ -422,7 +424,6 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
     facts["without photo"] = n_annotated - len(instances)
     report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
     print_report(report)
-    out = find_folder(args)
     write_json(args.report or out / "report.json", report)
     confidence = [[prediction.confidence for prediction in of_photo] for of_photo in predictions]
     write_json(out / "predictions.json", [

@@ -158,8 +158,8 @@ def name_picture(path, taken):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        usage="%(prog)s CKPT PHOTO... -k 'NAME: TEXT' [-k ...] [options]\n"
-        "       %(prog)s CKPT PHOTO... --keypoints SET [options]\n"
+        usage="%(prog)s CKPT PHOTO... -k 'NAME: TEXT' [-k ...] [options, see --help]\n"
+        "       %(prog)s CKPT PHOTO... --keypoints SET [options, see --help]\n"
         "       %(prog)s CKPT --list\n       %(prog)s CKPT --serve", allow_abbrev=False,
         description="Finds keypoints in photos.", formatter_class=Help)
     add = parser.add_argument
@@ -174,7 +174,7 @@ def parse_arguments(argv):
         "beside this program)")
     add("--list", action="store_true", help="show the sets of keypoints, or the texts of --keypoints")
     add("--box", type=parse_box, metavar="X,Y,W,H", help="left, top, width and height of the object in "
-        "pixels, --box=-5,... if it begins with a minus (default: the whole photo)")
+        "pixels (default: the whole photo)")
     add("--boxes", metavar="JSON", help="photos and boxes from a COCO file, below the folder given")
     add = parser.add_argument_group("results").add_argument
     add("--out", type=Path, metavar="DIR", help="where pictures, keypoints.json and keypoints.csv go; "
@@ -191,6 +191,9 @@ def parse_arguments(argv):
     add = parser.add_argument_group("the page").add_argument
     add("--serve", action="store_true", help="open a page to try it, for this computer only")
     add("--port", type=int, default=8000, metavar="N", help="of the page")
+    if "--box" in argv[:-1]:  # -5,... behind it would be taken for an option
+        i = argv.index("--box")
+        argv = [*argv[:i], "=".join(argv[i:i + 2]), *argv[i + 2:]]
     args = parser.parse_args(argv)
     if not (args.list or args.serve):
         if not args.photos:

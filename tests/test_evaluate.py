@@ -479,6 +479,13 @@ def test_a_file_without_instances_is_refused(checkpoint, tmp_path):
     assert f"{path}: no object to evaluate" in refused(evaluate, [checkpoint / "ckpt.pt", "--data", data])
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_the_network_is_loaded(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "ask_checkpoint", None)
+    (tmp_path / "file").touch()
+    line = refused(evaluate, [checkpoint / "ckpt.pt", "--out", tmp_path / "file"])
+    assert f"{tmp_path / 'file'}: cannot be made" in line
+
+
 def test_annotations_of_one_id_are_refused_since_predictions_go_by_it(checkpoint, tmp_path):
     data = shutil.copytree(checkpoint / "data", tmp_path / "data")
     path = data / "annotations" / "mp100_split1_test.json"

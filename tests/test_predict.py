@@ -109,7 +109,7 @@ def test_the_locator_is_asked_with_box_and_words(folder, photos, monkeypatch):
     monkeypatch.setattr(Locator, "__call__", lambda self, photo, category, box: (
         asked.append((photo.size, category.keypoints, box)) or {}))
     monkeypatch.setattr(predict, "print_points", lambda *_: None)
-    predict.main(command_line(folder / "ckpt.pt", photos / "1.jpg", *TIP, "--box=-1,2,30.5,40"))
+    predict.main(command_line(folder / "ckpt.pt", photos / "1.jpg", *TIP, "--box", "-1,2,30.5,40"))
     assert asked == [((110, 80), [("tip", "the upper end")], (-1, 2, 30.5, 40))]
 
 
