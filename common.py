@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from datetime import timedelta
 from multiprocessing.queues import Queue
@@ -251,6 +252,7 @@ def find_meeting_place():
 
 def loader_options(workers):
     """How our DataLoaders read photos, in `workers` processes or, with 0, in this one."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than there are cores
     return {"num_workers": workers, "worker_init_fn": silence_worker,
             "timeout": PATIENCE_WITH_PHOTOS if workers else 0}
 

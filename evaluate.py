@@ -53,6 +53,8 @@ from draw import draw_sheet
 from metric import THRESHOLDS, make_report, pck_of_queries, print_report, read_predictions
 from model import DTYPES
 
+DECODINGS = "greedy", "median", "mean"  # what to take of each coordinate's distribution
+
 # -------------------------------------------------------------------------------------------- asking a model
 
 
@@ -290,7 +292,7 @@ def parse_arguments(argv):
     parser.add_argument("--score", metavar="JSON", help="score these predictions instead")
     add_data(parser.add_argument_group("data").add_argument)
     add = parser.add_argument_group("asking the checkpoint").add_argument
-    add("--decode", choices=["greedy", "median", "mean"], default="greedy",
+    add("--decode", choices=DECODINGS, default="greedy",
         help="what to take of each coordinate's distribution")
     add("--constrained", action="store_true", help="hold answers to the format, so that none is malformed")
     add("--cumulative", action="store_true", help="ask a photo's keypoints one after another in one "

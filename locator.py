@@ -12,7 +12,7 @@ predict.py and page.py are built on this.
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ from chat import Category
 from checkpoint import load_trained, read_checkpoint
 from common import InputError, read_json, start_processes
 from data import Crop, average_blocks, to_rgb
-from evaluate import check_decoding, predict
+from evaluate import DECODINGS, check_decoding, predict
+from model import DTYPES
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions.json"
 
@@ -40,8 +41,8 @@ class Found:
     x: float  # pixels of the photo
     y: float
     confidence: float  # 0 to 1: how much of the distributions lies within a tenth of the square around (x, y)
-    x_distribution: np.ndarray  # (1000,)
-    y_distribution: np.ndarray
+    x_distribution: np.ndarray = field(repr=False)  # (1000,)
+    y_distribution: np.ndarray = field(repr=False)
     square: tuple  # left, top, side of the square in pixels of the photo
 
 
@@ -56,6 +57,9 @@ class Locator:
     """
 
     def __init__(self, checkpoint, decode="greedy", llm=None, vit=None, descriptions=None, dtype=None):
+        for value, choices in (decode, DECODINGS), (dtype, (None, *DTYPES)):
+            if value not in choices:
+                raise InputError(f"{value!r} is none of {choices}")
         contents = read_checkpoint(checkpoint)
         self.sets = read_sets(contents["descriptions"], checkpoint, descriptions)
         self.model, self.chat = load_trained(contents, start_processes().device, llm, vit, dtype)
@@ -174,7 +178,7 @@ def make_category(keypoints):
         if [other for other, _ in keypoints].count(name) > 1:
             raise InputError(f'two keypoints are named "{name}"; give each a name of its own')
     if not keypoints:
-        raise InputError("no keypoint is asked for")
+        raise InputError('no keypoint is asked for; write "name: where it is and what is beside it"')
     return Category("object", keypoints)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint
 from common import Help, InputError, make_folder, printable, read_json, run, write_json
 from draw import draw_points, save_picture
+from evaluate import DECODINGS
 from locator import (
     DESCRIPTIONS,
     Locator,
@@ -182,7 +183,7 @@ def parse_arguments(argv):
     add("--format", choices=["plain", "coco"], default="plain",
         help="of keypoints.json: with names, or COCO's results")
     add = parser.add_argument_group("the model").add_argument
-    add("--decode", choices=["greedy", "median", "mean"], default="greedy",
+    add("--decode", choices=DECODINGS, default="greedy",
         help="what to take of each coordinate's distribution")
     add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")

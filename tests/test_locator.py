@@ -235,6 +235,17 @@ def test_backbones_may_have_moved_or_be_beside_the_program(folder, photo, tiny, 
     assert Locator(module.DESCRIPTIONS.parent / "assets/toy/ckpt.pt")(photo, {"tip": "the sharp end"})
 
 
+def test_what_is_found_can_be_printed_without_its_distributions(kites, photo):
+    assert len(repr(kites(photo, "kite")["tip"])) < 200
+
+
+def test_misspelt_choices_are_refused(folder):
+    for choice in {"decode": "medain"}, {"dtype": "fp16"}:
+        [word] = choice.values()
+        with pytest.raises(InputError, match=f"^'{word}' is none of "):
+            Locator(folder / "ckpt.pt", **choice)
+
+
 def test_a_checkpoint_of_pretraining_is_refused(tiny, tmp_path):
     train_briefly(tiny, tmp_path, "--pretrain", "direct", "--batch", 8)
     with pytest.raises(InputError, match="--pretrain, which locates nothing"):

@@ -198,7 +198,7 @@ def test_the_start_tells_sets_once_and_an_example_if_the_model_is_the_toys(locat
     ("", "nose", 'keypoint "nose" has no description: write "name: where it is"'),
     ("", "nose:", "lacks a name or a description"),
     ("", "a: b\na: c", 'two keypoints are named "a"'),
-    ("", " \n", "no keypoint is asked for"),
+    ("", " \n", 'no keypoint is asked for; write "name: where it is'),
     ("", "/etc/names.txt", "has no description"),  # no file is read
 ])
 def test_slips_are_answered_in_words(port, box, words, message):
