@@ -26,7 +26,7 @@ def build_parser():
         formatter_class=Help, allow_abbrev=False)
     add_files(parser.add_argument_group)
     add = parser.add_argument_group("network").add_argument
-    add("--image-size", type=partial(positive, most=MAX_IMAGE_SIZE), default=224, metavar="N",
+    add("--image-size", type=partial(positive, most=MAX_IMAGE_SIZE), default=224,
         help="pixels a side of a crop")
     add("--tune-vit", choices=["frozen", "lora", "full"], default="lora",
         help="what is trained of the visual encoder: Table 4")
@@ -34,23 +34,22 @@ def build_parser():
     add("--answer", choices=["text", "token"], default="text",
         help="Table 8: coordinates as text, or read off <KEYPOINT>")
     add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=positive, default=12, metavar="N", help="passes over the data")
-    add("--batch", type=positive, default=128, metavar="N", help="conversations in an optimizer step")
-    add("--micro-batch", type=positive, default=1, metavar="N",
+    add("--epochs", type=positive, default=12, help="passes over the data")
+    add("--batch", type=positive, default=128, help="conversations in an optimizer step")
+    add("--micro-batch", type=positive, default=1,
         help="conversations in a forward pass: memory against speed")
-    add("--lr", type=between(0, 1), default=5e-4, metavar="X", help="the highest learning rate")
-    add("--warmup", type=between(0, 1), default=0.03, metavar="X",
-        help="share of the steps until then; cosine to 0 behind")
-    add("--weight-decay", type=between(0, 1), default=0.01, metavar="X", help="of AdamW")
-    add("--clip", type=between(0, 1e6), default=0, metavar="X",
-        help="largest norm of the gradient (default: any)")
+    add("--lr", type=between(0, 1), default=5e-4, help="the highest learning rate")
+    add("--warmup", type=between(0, 1), default=0.03,
+        help="share of the steps in which it rises; then cosine to 0")
+    add("--weight-decay", type=between(0, 1), default=0.01, help="of AdamW")
+    add("--clip", type=between(0, 1e6), default=0, help="largest norm of the gradient (default: any)")
     add("--instruction", choices=INSTRUCTIONS, default="description",
         help="how keypoints are asked: Tables 3, 6, 7")
-    add("--rounds", type=rounds_type, default=4, metavar="N",
+    add("--rounds", type=rounds_type, default=4,
         help='keypoints asked in a conversation (Table 4), or "dynamic": any number')
     add("--pretrain", choices=PRETRAINING,
         help="Table 9: train the projection alone, to name the keypoint at a point")
-    add("--seed", type=partial(natural, most=MAX_SEED), default=42, metavar="N", help="of all that is random")
+    add("--seed", type=partial(natural, most=MAX_SEED), default=42, help="of all that is random")
     add_running(parser.add_argument_group("running").add_argument)
     return parser
 
@@ -58,7 +57,7 @@ def build_parser():
 def add_files(add_group):
     add = add_group("data").add_argument
     add("--data", default="data/mp100", metavar="DIR", help="MP-100, its annotations/ and images/")
-    add("--split", type=positive, default=1, metavar="N", help="of MP-100, 1 to 5")
+    add("--split", type=positive, default=1, help="of MP-100, 1 to 5")
     add("--annotations", metavar="JSON", help="your own data instead: a COCO keypoints file, see coco.py")
     add("--images", metavar="DIR", help="the photos of --annotations and --val")
     add("--val", metavar="JSON", help="a file like --annotations, for --validate and evaluate.py")
@@ -89,12 +88,10 @@ def add_running(add):
     add("--compile", action="store_true", help="torch.compile every block")
     add("--dtype", choices=DTYPES,
         help="of frozen weights and of computing (default: bf16 on CUDA, fp32 elsewhere)")
-    add("--workers", type=partial(natural, most=1000), default=4, metavar="N",
-        help="processes that read photos, per GPU")
-    add("--save-every", type=positive, default=100, metavar="N", help="steps between checkpoints")
-    add("--log-every", type=positive, default=1, metavar="N",
-        help="steps between lines on the screen; log.jsonl has all")
-    add("--validate", type=natural, default=0, metavar="N", help="steps between measurements of PCK@0.2 on "
+    add("--workers", type=partial(natural, most=1000), default=4, help="processes that read photos, per GPU")
+    add("--save-every", type=positive, default=100, help="steps between checkpoints")
+    add("--log-every", type=positive, default=1, help="steps between lines on the screen; log.jsonl has all")
+    add("--validate", type=natural, default=0, help="steps between measurements of PCK@0.2 on "
         "100 objects of the validation set, the best in best.pt (default: none)")
 
 

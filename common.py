@@ -163,10 +163,13 @@ def stop_with(number):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults, but for None, False and 0."""
+    """--help with the defaults, but for None, False and 0. A value without a metavar is a number, N."""
 
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N"
 
 
 def positive(text, most=10**6):

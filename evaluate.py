@@ -175,19 +175,16 @@ class PartialResults:
     """
 
     def __init__(self, folder, key, rank):
-        self.folder, self.name, self.results = folder, f"partial-{key[:16]}", {}
-        self.path = folder / f"{self.name}-{rank}.jsonl"
-        for path in self.files():
-            for entry in read_json_lines(path):
-                self.take(entry)
+        self.path, self.results = folder / f"partial-{key[:16]}-{rank}.jsonl", {}
+        self.all = f"partial-{key[:16]}-*.jsonl"  # of all processes
+        for path in sorted(folder.glob(self.all)):
+            for line in read_json_lines(path):
+                self.take(line)
 
-    def files(self):
-        return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
-
-    def take(self, entry):
+    def take(self, line):
         try:
-            self.results[entry["instance"]] = [Prediction(point and tuple(point), confidence, answer)
-                                               for point, confidence, answer in entry["found"]]
+            self.results[line["instance"]] = [Prediction(point and tuple(point), confidence, answer)
+                                              for point, confidence, answer in line["found"]]
         except (ValueError, TypeError, KeyError):  # a line of something else
             pass
 
@@ -203,7 +200,7 @@ class PartialResults:
 
     def remove(self):
         """Removes the files of this evaluation, not those of others that were stopped in the same folder."""
-        for path in self.files():
+        for path in self.path.parent.glob(self.all):
             path.unlink()
 
 
@@ -301,10 +298,8 @@ def parse_arguments(argv):
     add("--vit", metavar="DIR", help="likewise")
     add("--dtype", choices=DTYPES,
         help="of frozen weights and of computing (default: bf16 on CUDA, fp32 elsewhere)")
-    add("--batch", type=positive, default=64, metavar="N",
-        help="questions asked at a time: memory against speed")
-    add("--workers", type=partial(natural, most=1000), default=2, metavar="N",
-        help="processes that read photos, per GPU")
+    add("--batch", type=positive, default=64, help="questions asked at a time: memory against speed")
+    add("--workers", type=partial(natural, most=1000), default=2, help="processes that read photos, per GPU")
     add = parser.add_argument_group("results").add_argument
     add("--protocol", choices=["query", "pairs"], default="query",
         help="Table 2: each object once, or support-query pairs")
@@ -322,7 +317,7 @@ def parse_arguments(argv):
 
 def add_data(add):
     add("--data", metavar="DIR", help="MP-100 (default: that of the checkpoint, or data/mp100)")
-    add("--split", type=positive, metavar="N", help="of MP-100 (default: that of the checkpoint, or 1)")
+    add("--split", type=positive, help="of MP-100 (default: that of the checkpoint, or 1)")
     add("--subset", choices=["train", "val", "test"], default="test", help="of the split")
     add("--annotations", metavar="JSON", help="your own data instead, a COCO keypoints file (default: what "
         "the training was given as --val)")

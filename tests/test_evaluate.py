@@ -511,7 +511,7 @@ def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         evaluated(*options, "--report", tmp_path / "elsewhere.json")
     [partial] = (tmp_path / "out").glob("partial-*.jsonl")
-    partial.write_text(partial.read_text() + '\n{"instance": ')  # cut off
+    partial.write_text(partial.read_text() + '\n3\n{"instance": ')  # the last is cut off
     evaluated(*options)
     assert asked == [1, 1, 1, 1, 1, 1, 1] and "goes on with 2 of 6 objects" in capsys.readouterr().out
     assert contents_of(tmp_path / "out") == expected
