@@ -212,12 +212,16 @@ def parse_keypoints(text, sets):
 def read_keypoints(path):
     """A file of keypoints -> Category."""
     if path.suffix == ".json":
-        contents = read_json(path, dict)
-        if not all(isinstance(description, str) for description in contents.values()):
+        keypoints = read_json(path, dict).items()
+        if not all(isinstance(description, str) for _, description in keypoints):
             raise InputError(f'{path}: not {{"name": "description", ...}}')
-        return make_category(contents.items())
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as e:
+            raise InputError(f"{path}: cannot be read ({e})") from None
+        keypoints = (parse_keypoint(line) for line in lines if line.strip())
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from None
-    return make_category(parse_keypoint(line) for line in lines if line.strip())
+        return make_category(keypoints)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None

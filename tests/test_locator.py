@@ -97,6 +97,11 @@ def test_keypoints_from_files(tmp_path):
     (tmp_path / "k.json").write_text(json.dumps({"nose": 3}))
     with pytest.raises(InputError, match='not {"name": "description"'):
         parse_keypoints(str(tmp_path / "k.json"), SETS)
+    for name, content, message in (("k.json", "{}", "no keypoint is asked for"),
+                                   ("k.txt", "nose: the tip\neye\n", 'keypoint "eye" has no description')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: {message}"):
+            parse_keypoints(str(tmp_path / name), SETS)
 
 
 def test_the_checkpoint_knows_its_own_sets_beside_those_of_descriptions_json(kites):
