@@ -51,11 +51,11 @@ class Server(ThreadingHTTPServer):
         except (OSError, OverflowError) as e:
             raise InputError(f"--port {port}: cannot be opened ({e}); take another") from None
         self.locator, self.turn = locator, threading.Lock()
-        names = {}  # of the sets of keypoints, one name for each, though several categories share some
+        names = {}  # one for each set of keypoints, though categories share some; the checkpoint's come first
         for name, category in locator.sets.items():
             names.setdefault(tuple(category.keypoints), name)
         sets = {name: "\n".join(f"{keypoint}: {text}" for keypoint, text in keypoints)
-                for keypoints, name in sorted(names.items(), key=lambda pair: pair[1].lower())}
+                for keypoints, name in names.items()}
         # By the names of a set's keypoints, so that a description may be changed on the page.
         self.skeletons = {tuple(dict(category.keypoints)): category.skeleton
                           for category in locator.sets.values() if category.skeleton}

@@ -177,6 +177,7 @@ def test_the_start_tells_sets_once_and_an_example_if_the_model_is_the_toys(locat
     bird = Category("bird", [("beak", "the bill"), ("first mark", "the heart")])
     sets = {"pets": cat, "cat": cat, "dog": dog, "Bird": bird}
     with serving(stub(None, sets)) as other:
+        assert list(ask(other, "GET", "/start")[1]["sets"]) == ["pets", "Bird"]  # in the checkpoint's order
         assert ask(other, "GET", "/start") == (200, {
             "sets": {"Bird": "beak: the bill\nfirst mark: the heart", "pets": "nose: the tip\ntail: the end"},
             "max_bytes": page_module.MAX_BYTES, "example": None})
