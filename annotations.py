@@ -87,12 +87,15 @@ def annotation_file(data, split, subset):
 def read_instances(path, categories):
     """An annotation file -> its Instances, photo by photo. categories: what read_descriptions() gave.
 
-    As in the published code, some annotations are left out: see make_instance(). InputError names the
-    annotation that is malformed or does not fit the descriptions.
+    As in the published code, some annotations are left out: see make_instance(). Two may have the same id,
+    which matters in an evaluation alone: see refuse_same_ids(). InputError names the annotation that is
+    malformed or does not fit the descriptions.
     """
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; say with --data where MP-100 is")
     raw, annotations = read_json(path), {}
     photos = by_id(raw, "images", "image", path)
-    for number, annotation in by_id(raw, "annotations", "annotation", path).items():
+    for number, annotation in list_ids(raw, "annotations", path):
         of = f" of annotation {number}"
         image = get_field(annotation, "image_id", wrong(path), int, -MAX_ID, MAX_ID, of)
         annotations.setdefault(image, []).append(annotation)
@@ -110,15 +113,26 @@ def wrong(path):
     return f"{path}: not an MP-100 annotation file"
 
 
+def list_ids(raw, key, path):
+    """A list of an annotation file -> [(id, entry), ...]."""
+    return [(get_field(entry, "id", wrong(path), int, -MAX_ID, MAX_ID, f" of an entry of {key}"), entry)
+            for entry in get_field(raw, key, wrong(path), list, 0, 10**7)]
+
+
 def by_id(raw, key, what, path):
-    """A list of an annotation file -> {id: entry}. InputError if two have the same id."""
+    """The same as {id: entry}. InputError if two entries that differ have the same id."""
     entries = {}
-    for entry in get_field(raw, key, wrong(path), list, 0, 10**7):
-        number = get_field(entry, "id", wrong(path), int, -MAX_ID, MAX_ID, f" of an entry of {key}")
-        if number in entries:
-            raise InputError(f"{path}: {what} {number} is listed twice")
-        entries[number] = entry
+    for number, entry in list_ids(raw, key, path):
+        if entries.setdefault(number, entry) != entry:
+            raise InputError(f"{path}: {what} {number} is listed twice, and not alike; remove one of them")
     return entries
+
+
+def refuse_same_ids(instances, path):
+    """InputError if two have the same id, by which predictions find their annotation."""
+    (number, count), = Counter(instance.annotation_id for instance in instances).most_common(1) or [(0, 0)]
+    if count > 1:
+        raise InputError(f"{path}: {count} annotations have the id {number}; give each an id of its own")
 
 
 def plain(name):
@@ -162,7 +176,7 @@ def make_instance(annotation, photo, categories, path):
         return None
     if category_id not in categories:
         raise InputError(f"{path}: category {category_id} has no descriptions; "
-                         "add it to the descriptions file")
+                         "add it to the file of --descriptions")
     category = categories[category_id]
     if len(points) != len(category.keypoints):
         raise InputError(f"{path}: annotation {number} has {len(points)} keypoints, but {category.name} has "

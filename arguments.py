@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chat import INSTRUCTIONS, PRETRAINING
 from checkpoint import MAX_IMAGE_SIZE, MAX_SEED, find_contradictions, read_checkpoint
-from common import InputError, between, natural, positive
+from common import Help, InputError, between, natural, positive
 from model import DTYPES
 
 
@@ -19,71 +19,80 @@ def rounds_type(text):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description="Fine-tunes CapeLLM on MP-100.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_files(parser.add_argument_group("files").add_argument)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --split N [options, see --help]\n"
+        "       %(prog)s --annotations JSON --images DIR [options]",
+        description="Fine-tunes CapeLLM on MP-100 or on your own data. The defaults are the paper's.",
+        formatter_class=Help, allow_abbrev=False)
+    add_files(parser.add_argument_group)
     add = parser.add_argument_group("network").add_argument
-    add("--image-size", type=partial(positive, most=MAX_IMAGE_SIZE), default=224, help="pixels a side")
-    add("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="Table 4")
-    add("--tune-llm", choices=["frozen", "lora", "full"], default="lora")
+    add("--image-size", type=partial(positive, most=MAX_IMAGE_SIZE), default=224,
+        help="pixels a side of a crop")
+    add("--tune-vit", choices=["frozen", "lora", "full"], default="lora",
+        help="what is trained of the visual encoder: Table 4")
+    add("--tune-llm", choices=["frozen", "lora", "full"], default="lora", help="likewise, of the LLM")
     add("--answer", choices=["text", "token"], default="text",
         help="Table 8: coordinates as text, or read off <KEYPOINT>")
     add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=positive, default=12)
+    add("--epochs", type=positive, default=12, help="passes over the data")
     add("--batch", type=positive, default=128, help="conversations in an optimizer step")
     add("--micro-batch", type=positive, default=1,
         help="conversations in a forward pass: memory against speed")
-    add("--lr", type=between(0, 1), default=5e-4)
-    add("--warmup", type=between(0, 1), default=0.03, help="share of the steps, then cosine to 0")
-    add("--weight-decay", type=between(0, 1), default=0.01)
-    add("--clip", type=between(0, 1e6), default=0, help="largest norm of the gradient, 0 for none")
+    add("--lr", type=between(0, 1), default=5e-4, help="the highest learning rate")
+    add("--warmup", type=between(0, 1), default=0.03,
+        help="share of the steps in which it rises; then cosine to 0")
+    add("--weight-decay", type=between(0, 1), default=0.01, help="of AdamW")
+    add("--clip", type=between(0, 1e6), default=0, help="largest norm of the gradient (default: any)")
     add("--instruction", choices=INSTRUCTIONS, default="description",
         help="how keypoints are asked: Tables 3, 6, 7")
     add("--rounds", type=rounds_type, default=4,
         help='keypoints asked in a conversation (Table 4), or "dynamic": any number')
     add("--pretrain", choices=PRETRAINING,
         help="Table 9: train the projection alone, to name the keypoint at a point")
-    add("--seed", type=partial(natural, most=MAX_SEED), default=42)
+    add("--seed", type=partial(natural, most=MAX_SEED), default=42, help="of all that is random")
     add_running(parser.add_argument_group("running").add_argument)
     return parser
 
 
-def add_files(add):
-    add("--data", default="data/mp100", help="MP-100: annotations/ and images/")
-    add("--split", type=positive, default=1, help="1 to 5")
+def add_files(add_group):
+    add = add_group("data").add_argument
+    add("--data", default="data/mp100", metavar="DIR", help="MP-100, its annotations/ and images/")
+    add("--split", type=positive, default=1, help="of MP-100, 1 to 5")
     add("--annotations", metavar="JSON", help="your own data instead: a COCO keypoints file, see coco.py")
     add("--images", metavar="DIR", help="the photos of --annotations and --val")
-    add("--val", metavar="JSON", help="likewise, what evaluate.py asks about")
-    add("--descriptions", metavar="JSON", help="names and descriptions of all keypoints; if not given, "
-        "descriptions.json, or for --annotations what their names say")
-    add("--llm", default="weights/Llama-3.1-8B", help="config.json, tokenizer.json, *.safetensors")
-    add("--vit", default="weights/dinov2-large", help="config.json, model.safetensors")
-    add("--out", help="folder of the checkpoint; runs/splitN, runs/pretrain-... or runs/ and the name of "
-        "--annotations if not given")
+    add("--val", metavar="JSON", help="a file like --annotations, for --validate and evaluate.py")
+    add("--descriptions", metavar="JSON", help="names and descriptions of all keypoints (default: "
+        "descriptions.json, or for --annotations what their names say)")
+    add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
+    add = add_group("weights and checkpoints").add_argument
+    add("--llm", default="weights/Llama-3.1-8B", metavar="DIR",
+        help="config.json, tokenizer.json, *.safetensors")
+    add("--vit", default="weights/dinov2-large", metavar="DIR", help="config.json, model.safetensors")
+    add("--out", metavar="DIR", help="folder of the checkpoint (default: runs/splitN, runs/pretrain-..., or "
+        "runs/ and the name of --annotations)")
     add("--resume", metavar="CKPT", default="auto", help="a checkpoint to go on from, with its arguments but "
-        'for those given here; "auto": from OUT/ckpt.pt if it is there')
+        'for those given here; "auto": ckpt.pt in --out if it is there')
     add("--fresh", action="store_true", help="start anew in a folder that holds a run, which is overwritten")
-    add("--check", action="store_true", help="look whether data, weights, disk and memory will do, and end")
-    add("--missing-list", metavar="FILE", help="where --check lists the photos that are missing")
     add("--init", metavar="CKPT", help="a checkpoint to start from, with all that trains here too")
     add("--init-projection", metavar="CKPT", help="likewise, with its projection alone: Table 9")
-    add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
 
 
 def add_running(add):
     """The arguments that say how a training runs, not what is learned, but for --pack."""
+    add("--check", action="store_true", help="look whether data, weights, disk and memory will do, and end")
+    add("--missing-list", metavar="FILE", help="where --check lists the photos that are missing")
     add("--pack", action="store_true", help="all groups of a photo in one row: half the work, but --batch "
         "then counts photos, and all keypoints of a photo are in the same step and crop")
     add("--checkpoint-activations", action="store_true",
         help="keep hardly any activations, for half as much work again")
     add("--compile", action="store_true", help="torch.compile every block")
-    add("--dtype", choices=DTYPES, help="of frozen weights and of computing; bf16 on CUDA and fp32 elsewhere "
-        "if not given")
+    add("--dtype", choices=DTYPES,
+        help="of frozen weights and of computing (default: bf16 on CUDA, fp32 elsewhere)")
     add("--workers", type=partial(natural, most=1000), default=4, help="processes that read photos, per GPU")
     add("--save-every", type=positive, default=100, help="steps between checkpoints")
     add("--log-every", type=positive, default=1, help="steps between lines on the screen; log.jsonl has all")
-    add("--validate", type=natural, default=0, metavar="N", help="steps between "
-        "measurements of PCK@0.2 on 100 objects of the validation set; best.pt is the best checkpoint")
+    add("--validate", type=natural, default=0, help="steps between measurements of PCK@0.2 on "
+        "100 objects of the validation set, the best in best.pt (default: none)")
 
 
 def as_if_typed(trained, path):

@@ -173,7 +173,8 @@ class Chat:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises nothing more specific
-            raise InputError(f"{path}: not a readable tokenizer.json ({e})") from None
+            raise InputError(f"{path}: not a readable tokenizer.json ({e}); "
+                             "say with --llm where it is") from None
         self.tokenizer.encode_special_tokens = True  # a description that holds "</s>" is text like any other
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

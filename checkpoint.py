@@ -56,6 +56,8 @@ def read_parts(path):
         checkpoint = {key: checkpoint[key] for key in (*parts, "step")}
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; the checkpoint in it, ckpt.pt, is wanted") from None
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: not a checkpoint of this program, or a damaged one "
                          f"({type(e).__name__})") from None

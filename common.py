@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from datetime import timedelta
 from multiprocessing.queues import Queue
@@ -161,6 +162,16 @@ def stop_with(number):
 # -------------------------------------------------------------------------------------------------- arguments
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults, but for None, False and 0. A value without a metavar is a number, N."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N"
+
+
 def positive(text, most=10**6):
     """The type of an argument that is a whole number above 0, up to `most`."""
     if not (text.isdecimal() and int(text)):
@@ -244,6 +255,7 @@ def find_meeting_place():
 
 def loader_options(workers):
     """How our DataLoaders read photos, in `workers` processes or, with 0, in this one."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than there are cores
     return {"num_workers": workers, "worker_init_fn": silence_worker,
             "timeout": PATIENCE_WITH_PHOTOS if workers else 0}
 

@@ -28,12 +28,14 @@ from annotations import (
     read_descriptions,
     read_instances,
     refuse_missing,
+    refuse_same_ids,
 )
 from arguments import images_folder
 from check import describe_shortfall
 from checkpoint import load_trained, read_checkpoint
 from coco import list_texts, read_coco, read_texts, replace_texts
 from common import (
+    Help,
     InputError,
     loader_options,
     make_folder,
@@ -50,6 +52,8 @@ from decode import Prediction, locate
 from draw import draw_sheet
 from metric import THRESHOLDS, make_report, pck_of_queries, print_report, read_predictions
 from model import DTYPES
+
+DECODINGS = "greedy", "median", "mean"  # what to take of each coordinate's distribution
 
 # -------------------------------------------------------------------------------------------- asking a model
 
@@ -163,40 +167,41 @@ def ask_together(model, chat, photos, categories, batches, process, workers, kep
 
 
 class PartialResults:
-    """The predictions of an evaluation that is not finished, in partial-RANK.jsonl where its results will be.
+    """The predictions of an evaluation that is not finished, in partial-KEY-RANK.jsonl with its results.
 
-    A line is {"key", "instance": its index, "found": [[point, confidence, answer], ...]}. It counts only for
-    the same `key`, see fingerprint(). All processes read what any has written, for there may be more or fewer
-    than before.
+    A line is {"instance": its index, "found": [[point, confidence, answer], ...]}. key: see fingerprint();
+    the file's name has the beginning of it. All processes read what any has written, for there may be more
+    or fewer than before.
     """
 
     def __init__(self, folder, key, rank):
-        self.key, self.results = key, {}
-        self.path = folder / f"partial-{rank}.jsonl"
-        for path in sorted(folder.glob("partial-*.jsonl")):
-            for entry in read_json_lines(path):
-                self.take(entry)
+        self.path, self.results = folder / f"partial-{key[:16]}-{rank}.jsonl", {}
+        self.all = f"partial-{key[:16]}-*.jsonl"  # of all processes
+        for path in sorted(folder.glob(self.all)):
+            for line in read_json_lines(path):
+                self.take(line)
 
-    def take(self, entry):
+    def take(self, line):
         try:
-            if entry["key"] == self.key:
-                self.results[entry["instance"]] = [
-                    Prediction(point and tuple(point), confidence, answer)
-                    for point, confidence, answer in entry["found"]]
+            self.results[line["instance"]] = [Prediction(point and tuple(point), confidence, answer)
+                                              for point, confidence, answer in line["found"]]
         except (ValueError, TypeError, KeyError):  # a line of something else
             pass
 
     def write(self, found):
         """Adds what predict_batch() gave, but for unreadable photos."""
-        lines = [{"key": self.key, "instance": i,
-                  "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
+        lines = [{"instance": i, "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
                  for i, of_photo in found.items() if of_photo]
-        make_folder(self.path.parent)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(f"\n{json.dumps(line)}" for line in lines))  # the last may be cut off
         except OSError as e:
             raise InputError(f"{self.path}: cannot be written ({e})") from None
+
+    def remove(self):
+        """Removes the files of this evaluation, not those of others that were stopped in the same folder."""
+        for path in self.path.parent.glob(self.all):
+            path.unlink()
 
 
 def fingerprint(args, checkpoint, instances, categories, images):
@@ -217,7 +222,7 @@ def fingerprint(args, checkpoint, instances, categories, images):
 def ask_checkpoint(args, checkpoint, instances, categories, images):
     """Asks a checkpoint's network about all instances, but for those of an evaluation that was stopped.
 
-    -> {index: Predictions or None}; on every process but the first, None.
+    -> {index: Predictions or None}, or None on every process but the first; and the PartialResults.
     """
     process = start_processes()
     model, chat = load_trained(checkpoint, process.device, args.llm, args.vit, args.dtype)
@@ -230,7 +235,7 @@ def ask_checkpoint(args, checkpoint, instances, categories, images):
     results = ask_together(
         model, chat, photos, categories, make_batches(instances, args.batch), process, args.workers, kept,
         constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
-    return results if process.rank == 0 else None
+    return results if process.rank == 0 else None, kept
 
 
 class Validation:
@@ -276,35 +281,31 @@ def points_of(predictions):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Evaluates a checkpoint, or scores predictions.",
-                                     allow_abbrev=False)
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="what train.py wrote")
-    add("--score", metavar="JSON", help="score these predictions instead")
-    add("--data", help="MP-100; default: that of the checkpoint, or data/mp100")
-    add("--split", type=positive, help="default: that of the checkpoint, or 1")
-    add("--annotations", metavar="JSON", help="your own data instead, a COCO keypoints file; default: what "
-        "the training was given as --val")
-    add("--images", metavar="DIR", help="its photos; default: those of the training")
-    add("--subset", choices=["train", "val", "test"], default="test")
-    add("--descriptions", help="texts that replace those of the same category")
-    add("--llm", help="where its weights are now, if they were moved since")
-    add("--vit", help="likewise")
-    add("--dtype", choices=DTYPES,
-        help="of frozen weights and of computing; default: bf16 on CUDA, fp32 elsewhere")
-    add("--protocol", choices=["query", "pairs"], default="query",
-        help="Table 2: each object once, or support-query pairs")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s CKPT [options, see --help]\n       %(prog)s --score JSON [options]",
+        description="Evaluates a checkpoint, or scores predictions.",
+        formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="what train.py wrote")
+    parser.add_argument("--score", metavar="JSON", help="score these predictions instead")
+    add_data(parser.add_argument_group("data").add_argument)
+    add = parser.add_argument_group("asking the checkpoint").add_argument
+    add("--decode", choices=DECODINGS, default="greedy",
+        help="what to take of each coordinate's distribution")
     add("--constrained", action="store_true", help="hold answers to the format, so that none is malformed")
     add("--cumulative", action="store_true", help="ask a photo's keypoints one after another in one "
         "conversation, in the order of the descriptions, the model's own answers among the questions")
-    add("--decode", choices=["greedy", "median", "mean"], default="greedy",
-        help="what to take of each coordinate's distribution")
-    add("--allow-missing", action="store_true",
-        help="go on without objects whose photo or prediction is missing")
+    add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
+    add("--vit", metavar="DIR", help="likewise")
+    add("--dtype", choices=DTYPES,
+        help="of frozen weights and of computing (default: bf16 on CUDA, fp32 elsewhere)")
     add("--batch", type=positive, default=64, help="questions asked at a time: memory against speed")
     add("--workers", type=partial(natural, most=1000), default=2, help="processes that read photos, per GPU")
-    add("--out", help="folder of the results; default: that of the checkpoint, with val/ or train/ for those")
-    add("--report", metavar="JSON", help="where the report goes; default: report.json in --out")
+    add = parser.add_argument_group("results").add_argument
+    add("--protocol", choices=["query", "pairs"], default="query",
+        help="Table 2: each object once, or support-query pairs")
+    add("--out", metavar="DIR",
+        help="their folder (default: that of the checkpoint, with val/ or train/ for those)")
+    add("--report", metavar="JSON", help="where the report goes (default: report.json in --out)")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.score):
         parser.error("give either a checkpoint or --score predictions.json")
@@ -312,6 +313,18 @@ def parse_arguments(argv):
         parser.error("--constrained, --cumulative and --decode say how a checkpoint is asked; "
                      "--score asks nothing")
     return args
+
+
+def add_data(add):
+    add("--data", metavar="DIR", help="MP-100 (default: that of the checkpoint, or data/mp100)")
+    add("--split", type=positive, help="of MP-100 (default: that of the checkpoint, or 1)")
+    add("--subset", choices=["train", "val", "test"], default="test", help="of the split")
+    add("--annotations", metavar="JSON", help="your own data instead, a COCO keypoints file (default: what "
+        "the training was given as --val)")
+    add("--images", metavar="DIR", help="its photos (default: those of the training)")
+    add("--descriptions", metavar="JSON", help="texts that replace those of the same category")
+    add("--allow-missing", action="store_true",
+        help="go on without objects whose photo or prediction is missing")
 
 
 def read_data(args, checkpoint, trained):
@@ -331,6 +344,7 @@ def read_data(args, checkpoint, trained):
     else:
         categories = read_descriptions(args.descriptions or "descriptions.json")
     instances = read_instances(annotations, categories)
+    refuse_same_ids(instances, annotations)
     return instances, categories, annotations, Path(root, "images"), {"split": split, "subset": args.subset}
 
 
@@ -394,7 +408,9 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
     """Asks a checkpoint's model about all instances, and writes the report, the predictions and a picture."""
     n_annotated = len(instances)
     instances = keep_readable(instances, images, categories, args.allow_missing)
-    results = ask_checkpoint(args, checkpoint, instances, categories, images)
+    out = find_folder(args)
+    make_folder(out)
+    results, kept = ask_checkpoint(args, checkpoint, instances, categories, images)
     if results is None:
         return
     broken = [instance for i, instance in enumerate(instances) if results[i] is None]
@@ -405,7 +421,6 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
     facts["without photo"] = n_annotated - len(instances)
     report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
     print_report(report)
-    out = find_folder(args)
     write_json(args.report or out / "report.json", report)
     confidence = [[prediction.confidence for prediction in of_photo] for of_photo in predictions]
     write_json(out / "predictions.json", [
@@ -413,8 +428,7 @@ def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotat
          "confidence": [c and round(c, 2) for c in of_photo]}
         for instance, points, of_photo in zip(instances, predicted, confidence)])
     draw_sheet(out / "predictions.png", instances, predicted, categories, images, confidence)
-    for path in out.glob("partial-*.jsonl"):
-        path.unlink()
+    kept.remove()
     print(f"wrote {out}/report.json, predictions.json, predictions.png")
 
 

@@ -12,7 +12,7 @@ predict.py and page.py are built on this.
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ from chat import Category
 from checkpoint import load_trained, read_checkpoint
 from common import InputError, read_json, start_processes
 from data import Crop, average_blocks, to_rgb
-from evaluate import check_decoding, predict
+from evaluate import DECODINGS, check_decoding, predict
+from model import DTYPES
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions.json"
 
@@ -40,8 +41,8 @@ class Found:
     x: float  # pixels of the photo
     y: float
     confidence: float  # 0 to 1: how much of the distributions lies within a tenth of the square around (x, y)
-    x_distribution: np.ndarray  # (1000,)
-    y_distribution: np.ndarray
+    x_distribution: np.ndarray = field(repr=False)  # (1000,)
+    y_distribution: np.ndarray = field(repr=False)
     square: tuple  # left, top, side of the square in pixels of the photo
 
 
@@ -56,6 +57,9 @@ class Locator:
     """
 
     def __init__(self, checkpoint, decode="greedy", llm=None, vit=None, descriptions=None, dtype=None):
+        for value, choices in (decode, DECODINGS), (dtype, (None, *DTYPES)):
+            if value not in choices:
+                raise InputError(f"{value!r} is none of {choices}")
         contents = read_checkpoint(checkpoint)
         self.sets = read_sets(contents["descriptions"], checkpoint, descriptions)
         self.model, self.chat = load_trained(contents, start_processes().device, llm, vit, dtype)
@@ -91,14 +95,15 @@ class Locator:
 
 
 def read_sets(descriptions, path, more=None):
-    """-> {name: Category}: the keypoint sets and categories of a checkpoint's descriptions and of a file.
+    """-> {name: Category}: the keypoint sets and categories of a checkpoint's descriptions, then of a file.
 
     path: where the descriptions are from. more: the file; descriptions.json beside this program if None.
     """
     sets = {}
-    for raw, source in (read_json(more or DESCRIPTIONS, dict), more or DESCRIPTIONS), (descriptions, path):
+    for raw, source in (descriptions, path), (read_json(more or DESCRIPTIONS, dict), more or DESCRIPTIONS):
         for number, category in parse_descriptions(raw, source).items():
-            sets[raw["categories"][str(number)]["keypoint_set"]] = sets[category.name] = category
+            for name in raw["categories"][str(number)]["keypoint_set"], category.name:
+                sets.setdefault(name, category)
     return sets
 
 
@@ -125,6 +130,17 @@ def open_photo(photo):
         raise InputError(f"{name}: not a readable photo ({e}){advice}") from None
 
 
+def parse_box(text):
+    """ "x,y,w,h" -> four numbers; "" -> None, the whole photo. InputError for anything else."""
+    if not text.strip():
+        return None
+    try:
+        x, y, w, h = map(float, text.split(","))
+        return x, y, w, h
+    except ValueError:
+        raise InputError(f'box "{text}": write x, y, width, height, four numbers') from None
+
+
 def check_box(box, photo):
     """-> x, y, w, h, those of the whole photo if box is None. A box may reach over the edge."""
     width, height = photo.size
@@ -137,6 +153,13 @@ def check_box(box, photo):
         raise InputError(f"box {x:g},{y:g},{w:g},{h:g}: lies outside the photo, which is {width} x {height} "
                          "pixels, or is empty")
     return x, y, w, h
+
+
+def round_off(value):
+    """For people: a number to 2 digits behind the point, a distribution to 6; None as it is."""
+    if value is None:
+        return None
+    return value.round(6).tolist() if isinstance(value, np.ndarray) else round(value, 2)
 
 
 # ------------------------------------------------------------------------------------------------- keypoints
@@ -155,7 +178,7 @@ def make_category(keypoints):
         if [other for other, _ in keypoints].count(name) > 1:
             raise InputError(f'two keypoints are named "{name}"; give each a name of its own')
     if not keypoints:
-        raise InputError("no keypoint is asked for")
+        raise InputError('no keypoint is asked for; write "name: where it is and what is beside it"')
     return Category("object", keypoints)
 
 
@@ -189,12 +212,16 @@ def parse_keypoints(text, sets):
 def read_keypoints(path):
     """A file of keypoints -> Category."""
     if path.suffix == ".json":
-        contents = read_json(path, dict)
-        if not all(isinstance(description, str) for description in contents.values()):
+        keypoints = read_json(path, dict).items()
+        if not all(isinstance(description, str) for _, description in keypoints):
             raise InputError(f'{path}: not {{"name": "description", ...}}')
-        return make_category(contents.items())
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as e:
+            raise InputError(f"{path}: cannot be read ({e})") from None
+        keypoints = (parse_keypoint(line) for line in lines if line.strip())
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from None
-    return make_category(parse_keypoint(line) for line in lines if line.strip())
+        return make_category(keypoints)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None

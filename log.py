@@ -67,7 +67,8 @@ class Log:
         panels = [("loss, and its mean over 50 steps", [loss, smooth(loss)]),
                   ("learning rate", [self.series("lr")])]
         if scores := self.series("PCK@0.2"):
-            panels.append(("PCK@0.2 of the validation", [scores]))
+            percent = [(step, 100 * score) for step, score in scores]  # as reports are printed
+            panels.append(("PCK@0.2 of the validation, in %", [percent]))
         sheet = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white")
         for i, (title, curves) in enumerate(panels):
             sheet.paste(draw_panel(title, curves, max(step for step, _ in loss)), (0, i * HEIGHT))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from annotations import UNREADABLE
 from common import InputError
-from locator import make_category, open_photo, parse_keypoint
+from locator import make_category, open_photo, parse_box, parse_keypoint, round_off
 
 FOLDER = Path(__file__).parent
 FILES = {"/": ("page.html", "text/html; charset=utf-8"),
@@ -51,16 +51,17 @@ class Server(ThreadingHTTPServer):
         except (OSError, OverflowError) as e:
             raise InputError(f"--port {port}: cannot be opened ({e}); take another") from None
         self.locator, self.turn = locator, threading.Lock()
-        names = {}  # of the sets of keypoints, one name for each, though several categories share some
+        names = {}  # one for each set of keypoints, though categories share some; the checkpoint's come first
         for name, category in locator.sets.items():
             names.setdefault(tuple(category.keypoints), name)
         sets = {name: "\n".join(f"{keypoint}: {text}" for keypoint, text in keypoints)
-                for keypoints, name in sorted(names.items(), key=lambda pair: pair[1].lower())}
+                for keypoints, name in names.items()}
         # By the names of a set's keypoints, so that a description may be changed on the page.
         self.skeletons = {tuple(dict(category.keypoints)): category.skeleton
                           for category in locator.sets.values() if category.skeleton}
-        # The example is of the toy world, whose creatures alone have a "first mark".
-        is_toy = any(keypoint == "first mark" for keypoints in names for keypoint, _ in keypoints)
+        # The example is for models that were trained with some of its words: those of the toy.
+        words = {parse_keypoint(line)[1] for line in EXAMPLE["keypoints"].splitlines()}
+        is_toy = any(text in words for keypoints in names for _, text in keypoints)
         self.start = {"sets": sets, "max_bytes": MAX_BYTES, "example": EXAMPLE if is_toy else None}
 
 
@@ -138,17 +139,6 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def parse_box(text):
-    """ "x,y,w,h" -> four numbers; "" -> None. InputError for anything else."""
-    if not text.strip():
-        return None
-    try:
-        x, y, w, h = map(float, text.split(","))
-        return x, y, w, h
-    except ValueError:
-        raise InputError(f'box "{text}": write x, y, width, height, four numbers') from None
-
-
 def read_photo(data):
     """The bytes of a photo -> RGB image, upright. InputError if they are none, or if it is too large."""
     try:
@@ -158,10 +148,3 @@ def read_photo(data):
     except UNREADABLE:
         raise InputError(f"not a readable photo: none of {', '.join(FORMATS)}, or damaged") from None
     raise InputError(f"the photo has {photo.width} x {photo.height} pixels; make it smaller")
-
-
-def round_off(value):
-    """A number to 2 digits behind the point, a distribution to 6; None as it is."""
-    if value is None:
-        return None
-    return round(value, 2) if isinstance(value, float) else value.round(6).tolist()

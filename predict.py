@@ -17,19 +17,22 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import read_checkpoint
-from common import InputError, make_folder, printable, read_json, run, write_json
+from common import Help, InputError, make_folder, printable, read_json, run, write_json
 from draw import draw_points, save_picture
-from locator import Locator, check_box, make_category, open_photo, parse_keypoint, parse_keypoints, read_sets
+from evaluate import DECODINGS
+from locator import (
+    DESCRIPTIONS,
+    Locator,
+    check_box,
+    make_category,
+    open_photo,
+    parse_box,
+    parse_keypoint,
+    parse_keypoints,
+    read_sets,
+    round_off,
+)
 from model import DTYPES
-
-
-def parse_box(text):
-    """ "x,y,w,h" -> four numbers."""
-    try:
-        x, y, w, h = map(float, text.split(","))
-        return x, y, w, h
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not x,y,width,height, four numbers") from None
 
 
 def looks_like_corners(box, photo):
@@ -112,7 +115,8 @@ def write_tables(folder, found, form):
     rows, objects, contents = [("photo", "object", "keypoint", "x", "y", "confidence")], {}, []
     for job, points in found:
         objects[job.path] = objects.get(job.path, 0) + 1
-        named = [{"name": name, **round_off(p)} for name, p in points.items()]
+        named = [{"name": name, **{part: round_off(getattr(p, part)) for part in ("x", "y", "confidence")}}
+                 for name, p in points.items()]
         contents.append({"photo": str(job.path), "box": job.box, "keypoints": named})
         rows += [(job.path, objects[job.path], *point.values()) for point in named]
     if form == "coco":
@@ -130,11 +134,6 @@ def disarm(cell):
     """A cell of a table. An apostrophe before a text keeps a spreadsheet from taking it for a formula."""
     is_formula = isinstance(cell, (str, Path)) and str(cell).startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{cell}" if is_formula else cell
-
-
-def round_off(found):
-    values = {"x": found.x, "y": found.y, "confidence": found.confidence}
-    return {key: None if value is None else round(value, 2) for key, value in values.items()}
 
 
 def coco_result(job, points):
@@ -159,29 +158,43 @@ def name_picture(path, taken):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Finds keypoints in photos.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s CKPT PHOTO... -k 'NAME: TEXT' [-k ...] [options, see --help]\n"
+        "       %(prog)s CKPT PHOTO... --keypoints SET [options, see --help]\n"
+        "       %(prog)s CKPT --list\n       %(prog)s CKPT --serve", allow_abbrev=False,
+        description="Finds keypoints in photos.", formatter_class=Help)
     add = parser.add_argument
-    add("checkpoint", help="what train.py wrote")
-    add("photos", nargs="*", type=Path, help="photos, or folders of photos (without those within)")
+    add("checkpoint", metavar="CKPT", help="what train.py wrote")
+    add("photos", nargs="*", type=Path, metavar="PHOTO", help="photos, or folders of them (not those within)")
+    add = parser.add_argument_group("what to find, and where").add_argument
     add("-k", "--keypoint", action="append", default=[], metavar="'NAME: TEXT'",
         help="a keypoint and where it is; may be repeated")
     add("--keypoints", metavar="SET", help='a set of keypoints, see --list; or "name: text; name: text"; or '
         "a file: .json {name: text}, or .txt with one a line")
-    add("--box", type=parse_box, help="x,y,width,height of the object in pixels, --box=-5,... if it begins "
-        "with a minus; default: the whole photo")
-    add("--boxes", metavar="COCO.json", help="photos and boxes from a COCO file, below the folder given")
-    add("--out", type=Path, metavar="FOLDER", help="where pictures, keypoints.json and keypoints.csv go; "
-        "in the table, an apostrophe stands before a name that a spreadsheet would take for a formula")
-    add("--format", choices=["plain", "coco"], default="plain", help="of keypoints.json: COCO's results")
-    add("--decode", choices=["greedy", "median", "mean"], default="greedy",
-        help="what to take of each coordinate's distribution")
-    add("--descriptions", help="a file of more keypoint sets; default: descriptions.json of this program")
-    add("--llm", help="where its weights are now, if they were moved since the training")
-    add("--vit", help="likewise")
-    add("--dtype", choices=DTYPES, help="of weights and of computing; default: bf16 on CUDA, else fp32")
+    add("--descriptions", metavar="JSON", help="a file of more keypoint sets (default: descriptions.json "
+        "beside this program)")
     add("--list", action="store_true", help="show the sets of keypoints, or the texts of --keypoints")
+    add("--box", type=parse_box, metavar="X,Y,W,H", help="left, top, width and height of the object in "
+        "pixels (default: the whole photo)")
+    add("--boxes", metavar="JSON", help="photos and boxes from a COCO file, below the folder given")
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=Path, metavar="DIR", help="where pictures, keypoints.json and keypoints.csv go; "
+        "in the table, an apostrophe stands before a name that a spreadsheet would take for a formula")
+    add("--format", choices=["plain", "coco"], default="plain",
+        help="of keypoints.json: with names, or COCO's results")
+    add = parser.add_argument_group("the model").add_argument
+    add("--decode", choices=DECODINGS, default="greedy",
+        help="what to take of each coordinate's distribution")
+    add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
+    add("--vit", metavar="DIR", help="likewise")
+    add("--dtype", choices=DTYPES,
+        help="of frozen weights and of computing (default: bf16 on CUDA, fp32 elsewhere)")
+    add = parser.add_argument_group("the page").add_argument
     add("--serve", action="store_true", help="open a page to try it, for this computer only")
     add("--port", type=int, default=8000, help="of the page")
+    if "--box" in argv[:-1]:  # -5,... behind it would be taken for an option
+        i = argv.index("--box")
+        argv = [*argv[:i], "=".join(argv[i:i + 2]), *argv[i + 2:]]
     args = parser.parse_args(argv)
     if not (args.list or args.serve):
         if not args.photos:
@@ -193,21 +206,30 @@ def parse_arguments(argv):
     return args
 
 
-def print_sets(sets, chosen):
-    """All sets by name, or the texts of one."""
-    if chosen:
-        for name, description in parse_keypoints(chosen, sets).keypoints:
-            print(printable(f"{name}: {description}"))
-    else:
-        for name, category in sorted(sets.items()):
-            print(printable(f"{name}: {', '.join(keypoint for keypoint, _ in category.keypoints)}"))
+def print_sets(sets, own, args):
+    """The sets that the checkpoint brings, `own`, and then the others, each with all its names."""
+    names = {}
+    for name, category in sets.items():
+        names.setdefault(tuple(category.keypoints), []).append(name)
+    lines = {True: [], False: []}
+    for keypoints, called in names.items():
+        line = f"{', '.join(called)}: {', '.join(keypoint for keypoint, _ in keypoints)}"
+        lines[called[0] in own].append(printable(line))
+    print(f"sets of {args.checkpoint}:", *sorted(lines[True]), sep="\n")
+    if lines[False]:
+        print(f"\nmore sets, of {args.descriptions or DESCRIPTIONS.name}:", *sorted(lines[False]), sep="\n")
 
 
 def main(argv):
     args = parse_arguments(argv)
-    sets = read_sets(read_checkpoint(args.checkpoint)["descriptions"], args.checkpoint, args.descriptions)
+    descriptions = read_checkpoint(args.checkpoint)["descriptions"]
+    sets = read_sets(descriptions, args.checkpoint, args.descriptions)
+    if args.list and args.keypoints:
+        for name, description in parse_keypoints(args.keypoints, sets).keypoints:
+            print(printable(f"{name}: {description}"))
+        return
     if args.list:
-        return print_sets(sets, args.keypoints)
+        return print_sets(sets, descriptions["keypoint_sets"], args)
     how = args.checkpoint, args.decode, args.llm, args.vit, args.descriptions, args.dtype
     if args.serve:
         from page import serve

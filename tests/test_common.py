@@ -15,6 +15,9 @@ from checkpoints import LLAMA, LLAMA3, VIT, edit_config, edit_weights, save_rand
 from conftest import ROOT
 
 import common
+import evaluate
+import predict
+import train
 from common import (
     InputError,
     between,
@@ -171,6 +174,21 @@ def test_absurd_numbers_are_refused():
         for text, most in ("1000001", 10**6), ("8", 7), ("9" * 1000, 10**18):
             with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is more than {most:,}$"):
                 kind(text, most)
+
+
+@pytest.mark.parametrize("program", [train, evaluate, predict], ids=lambda program: program.__name__)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_explains_every_option_and_tells_no_default_that_is_none(program, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and max(map(len, lines)) < columns
+    assert not any(default in "".join(lines) for default in ("None", "False", "default: 0)", "[]"))
+    for line, after in zip(lines, lines[1:]):
+        if line.startswith("  -"):  # an option, with an explanation behind it or below
+            assert "  " in line[2:] or after.startswith(24 * " ")
+    assert "(default: " in "".join(lines)
 
 
 def test_a_process_alone_is_the_first_of_one(monkeypatch):

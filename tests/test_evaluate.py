@@ -323,7 +323,7 @@ def test_missing_and_truncated_photos_are_listed_or_left_out(evaluated, checkpoi
     line = refused(evaluate, argv)
     for word in "3 objects", "wagon 2", "kite 1", "--allow-missing":
         assert word in line
-    assert not list((tmp_path / "out").glob("*[!l]"))  # but for partial-0.jsonl
+    assert not list((tmp_path / "out").glob("*[!l]"))  # but for partial-....jsonl
 
     report, predictions = evaluated("--data", data, "--allow-missing")
     assert (report["without photo"], report["objects"]) == (4, 2)
@@ -458,9 +458,9 @@ def test_distributions_are_not_kept(evaluated, monkeypatch):
     kept, ask = [], evaluate.ask_checkpoint
 
     def spy(*args):
-        results = ask(*args)
+        results, partial = ask(*args)
         kept.extend(p for of_photo in results.values() for p in of_photo)
-        return results
+        return results, partial
     monkeypatch.setattr(evaluate, "ask_checkpoint", spy)
     evaluated("--constrained")
     assert len(kept) == 24
@@ -479,8 +479,25 @@ def test_a_file_without_instances_is_refused(checkpoint, tmp_path):
     assert f"{path}: no object to evaluate" in refused(evaluate, [checkpoint / "ckpt.pt", "--data", data])
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_the_network_is_loaded(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "ask_checkpoint", None)
+    (tmp_path / "file").touch()
+    line = refused(evaluate, [checkpoint / "ckpt.pt", "--out", tmp_path / "file"])
+    assert f"{tmp_path / 'file'}: cannot be made" in line
+
+
+def test_annotations_of_one_id_are_refused_since_predictions_go_by_it(checkpoint, tmp_path):
+    data = shutil.copytree(checkpoint / "data", tmp_path / "data")
+    path = data / "annotations" / "mp100_split1_test.json"
+    contents = json.loads(path.read_text())
+    contents["annotations"][1]["id"] = 100
+    path.write_text(json.dumps(contents))
+    line = refused(evaluate, [checkpoint / "ckpt.pt", "--data", data])
+    assert f"{path}: 2 annotations have the id 100" in line
+
+
 def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch, capsys):
-    """To the same bytes, asking what is left; another question asks everything."""
+    """To the same bytes, asking what is left; another question asks everything and spares it."""
     evaluated("--constrained")
     expected, asked, ask = contents_of(tmp_path / "out"), [], evaluate.predict
 
@@ -494,7 +511,7 @@ def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         evaluated(*options, "--report", tmp_path / "elsewhere.json")
     [partial] = (tmp_path / "out").glob("partial-*.jsonl")
-    partial.write_text(partial.read_text() + '\n{"key": "')  # cut off
+    partial.write_text(partial.read_text() + '\n3\n{"instance": ')  # the last is cut off
     evaluated(*options)
     assert asked == [1, 1, 1, 1, 1, 1, 1] and "goes on with 2 of 6 objects" in capsys.readouterr().out
     assert contents_of(tmp_path / "out") == expected
@@ -505,6 +522,10 @@ def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch
         evaluated(*options)
     evaluated("--batch", 5)
     assert asked == [1, 1, 1, *6 * [1]]
+    capsys.readouterr()
+    evaluated(*options)
+    assert "goes on with 2 of 6 objects" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("partial-*.jsonl"))
 
 
 def test_answers_belong_to_the_weights_that_were_read(checkpoint, tmp_path, monkeypatch):

@@ -97,6 +97,11 @@ def test_keypoints_from_files(tmp_path):
     (tmp_path / "k.json").write_text(json.dumps({"nose": 3}))
     with pytest.raises(InputError, match='not {"name": "description"'):
         parse_keypoints(str(tmp_path / "k.json"), SETS)
+    for name, content, message in (("k.json", "{}", "no keypoint is asked for"),
+                                   ("k.txt", "nose: the tip\neye\n", 'keypoint "eye" has no description')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: {message}"):
+            parse_keypoints(str(tmp_path / name), SETS)
 
 
 def test_the_checkpoint_knows_its_own_sets_beside_those_of_descriptions_json(kites):
@@ -233,6 +238,17 @@ def test_backbones_may_have_moved_or_be_beside_the_program(folder, photo, tiny, 
     assert Locator(tmp_path / "ckpt.pt", llm=tiny / "llm", vit=tiny / "vit")(photo, "kite")
     monkeypatch.chdir(tmp_path)  # from where the toy's own backbones, assets/toy/..., are not seen
     assert Locator(module.DESCRIPTIONS.parent / "assets/toy/ckpt.pt")(photo, {"tip": "the sharp end"})
+
+
+def test_what_is_found_can_be_printed_without_its_distributions(kites, photo):
+    assert len(repr(kites(photo, "kite")["tip"])) < 200
+
+
+def test_misspelt_choices_are_refused(folder):
+    for choice in {"decode": "medain"}, {"dtype": "fp16"}:
+        [word] = choice.values()
+        with pytest.raises(InputError, match=f"^'{word}' is none of "):
+            Locator(folder / "ckpt.pt", **choice)
 
 
 def test_a_checkpoint_of_pretraining_is_refused(tiny, tmp_path):

@@ -174,11 +174,12 @@ def test_questions_take_turns():
 
 def test_the_start_tells_sets_once_and_an_example_if_the_model_is_the_toys(locator, port):
     cat, dog = (Category(name, [("nose", "the tip"), ("tail", "the end")]) for name in ("cat", "dog"))
-    bird = Category("bird", [("beak", "the bill")])
+    bird = Category("bird", [("beak", "the bill"), ("first mark", "the heart")])
     sets = {"pets": cat, "cat": cat, "dog": dog, "Bird": bird}
     with serving(stub(None, sets)) as other:
+        assert list(ask(other, "GET", "/start")[1]["sets"]) == ["pets", "Bird"]  # in the checkpoint's order
         assert ask(other, "GET", "/start") == (200, {
-            "sets": {"Bird": "beak: the bill", "pets": "nose: the tip\ntail: the end"},
+            "sets": {"Bird": "beak: the bill\nfirst mark: the heart", "pets": "nose: the tip\ntail: the end"},
             "max_bytes": page_module.MAX_BYTES, "example": None})
     _, start = ask(port, "GET", "/start")
     example = start["example"]
@@ -198,7 +199,7 @@ def test_the_start_tells_sets_once_and_an_example_if_the_model_is_the_toys(locat
     ("", "nose", 'keypoint "nose" has no description: write "name: where it is"'),
     ("", "nose:", "lacks a name or a description"),
     ("", "a: b\na: c", 'two keypoints are named "a"'),
-    ("", " \n", "no keypoint is asked for"),
+    ("", " \n", 'no keypoint is asked for; write "name: where it is'),
     ("", "/etc/names.txt", "has no description"),  # no file is read
 ])
 def test_slips_are_answered_in_words(port, box, words, message):

@@ -109,7 +109,7 @@ def test_the_locator_is_asked_with_box_and_words(folder, photos, monkeypatch):
     monkeypatch.setattr(Locator, "__call__", lambda self, photo, category, box: (
         asked.append((photo.size, category.keypoints, box)) or {}))
     monkeypatch.setattr(predict, "print_points", lambda *_: None)
-    predict.main(command_line(folder / "ckpt.pt", photos / "1.jpg", *TIP, "--box=-1,2,30.5,40"))
+    predict.main(command_line(folder / "ckpt.pt", photos / "1.jpg", *TIP, "--box", "-1,2,30.5,40"))
     assert asked == [((110, 80), [("tip", "the upper end")], (-1, 2, 30.5, 40))]
 
 
@@ -211,8 +211,8 @@ OUTSIDE = ["0,0,0,9", "500,0,9,9", "nan,0,9,9", "0,0,inf,9", "0,0,9,inf", "-inf,
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (["--box", "1,2,3"], "1,2,3 is not x,y,width,height"),
-    (["--box", "a,b,c,d"], "a,b,c,d is not x,y,width,height"),
+    (["--box", "1,2,3"], 'box "1,2,3": write x, y, width, height, four numbers'),
+    (["--box", "a,b,c,d"], 'box "a,b,c,d": write x, y, width, height, four numbers'),
     *(([f"--box={box}"], "lies outside the photo, which is 110 x 80 pixels") for box in OUTSIDE),
     (["--out", "README.md/out"], "README.md/out: cannot be made"),
     (["--llm", "nowhere"], "nowhere/"),
@@ -242,5 +242,9 @@ def test_sets_and_their_texts_are_listed(folder, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "kite: tip, tail, left corner" in said
     assert any(line.startswith("person: ") for line in said)
+    others = said.index("more sets, of descriptions.json:")
+    assert said[0] == f"sets of {folder / 'ckpt.pt'}:" and said.index("kite: tip, tail, left corner") < others
+    assert said[others + 1].startswith("animal_body, horse_body, dog_body, ")
+    assert sum("root of tail" in line for line in said) == 1  # though 34 categories have it
     predict.main(command_line(folder / "ckpt.pt", "--list", "--keypoints", "kite"))
     assert capsys.readouterr().out.splitlines() == [f"{name}: {text}" for name, text in KITE.keypoints]
