@@ -5,8 +5,8 @@ Nothing here comes from the paper, so a reader may skip this file. log.jsonl has
     {"step": 7, "epoch": 1, "loss": 1.23, "lr": 0.0005, "norm": 0.8, "tokens_per_second": 5100,
      "gib": 21.5, "seconds": 9.8, "waited": 0.02}
 
-where seconds are those since the step before, and waited is the share of the step's time without data, and
-for each validation: {"step": 100, "PCK@0.2": 0.61, "objects": 100}.
+where seconds are the step's own, without planning an epoch, saving and validating, and waited is their share
+without data, and for each validation: {"step": 100, "PCK@0.2": 0.61, "objects": 100}.
 """
 
 import io
