@@ -148,7 +148,7 @@ def trained(network):
 # ------------------------------------------------------------------------------------------------- the tasks
 
 # What decode.py needs of a Chat, with made-up tokens. As with Llama-3, the numbers 000 ... 999 are one token
-# each, here 10 ... 1009; words come behind them.
+# each, here 10 ... 1009; words come after them.
 CHAT = SimpleNamespace(
     bos=0, newline=[2], opening=[], keypoint=None, parse=lambda answer: (0.0, 0.0),
     coordinates=AnswerFormat([[3, 4, 5], [6, 4, 5]], list(range(10, 1010)), ending=[-1], max_tokens=8))

@@ -152,7 +152,7 @@ class AnswerFormat:
 
     known: list  # for each choice, the tokens that stand before it; [] if an answer may be anything
     digits: list  # the tokens that a choice is made from: 000 ... 999, or 0 ... 9
-    ending: list  # the tokens behind the last choice, the end token last
+    ending: list  # the tokens after the last choice, the end token last
     max_tokens: int  # where an answer is cut off; coordinates are complete at the last choice
 
     def still_to_read(self, answer):
@@ -163,7 +163,8 @@ class AnswerFormat:
 class Chat:
     """Conversations as tokens of the LLM's tokenizer.
 
-    Questions and answers are tokenised one by one and joined: in one go, "]" would fuse with what follows it.
+    Questions and answers are tokenised one by one and joined: in one go, some tokenizers would fuse "]" with
+    what follows it.
     answers: "text", or "token" for Table 8's <KEYPOINT>. This new token stands for the whole answer, and the
     point is read off its hidden state.
     """
@@ -275,4 +276,5 @@ if __name__ == "__main__":
     print("token  learned  text")
     for token, label in zip(tokens, labels):
         print(f"{token:5}  {'yes' if label != IGNORE else '-':7}  {chat.tokenizer.decode([token])!r}")
-    print(f"known before each choice: {[chat.tokenizer.decode(known) for known in chat.coordinates.known]}")
+    print("known in advance, before each choice:",
+          [chat.tokenizer.decode(known) for known in chat.coordinates.known])

@@ -176,7 +176,8 @@ def load_model(args, device, checkpoint=None):
         if checkpoint:
             load_trainable_state(model, checkpoint["model"])
         elif start:
-            say(f"{start}: {start_from(model, read_parts(start)['model'], not args.init)}")
+            taken = start_from(model, read_parts(start)["model"], projection_alone=not args.init)
+            say(f"{start}: {taken}")
     except ValueError as e:
         raise InputError(f"{start + ': ' if start else ''}{e}: not trained with --vit {args.vit} "
                          f"--llm {args.llm}?") from None

@@ -65,8 +65,8 @@ def open_reduced(path, side, size):
     """Reads a photo of which `side` pixels will be shown as `size` -> RGB image, and how much it shrank.
 
     A large photo is read at 1/2, 1/4 or 1/8 (JPEG) and then averaged over whole blocks of pixels. At least
-    twice the size wanted is kept, so nothing is lost. EXIF rotation is ignored: MP-100's points were made on
-    unrotated pixels.
+    twice the size wanted is kept, so nothing visible is lost. EXIF rotation is ignored: MP-100's points were
+    made on unrotated pixels.
     """
     try:
         with open_image(path) as photo:
@@ -124,7 +124,7 @@ class Example:
 
 
 def count_groups(n, rounds):
-    """How many conversations ask for n keypoints, `rounds` in each. "dynamic": as many as with 4."""
+    """How many conversations it takes to ask for n keypoints, `rounds` in each; "dynamic" is as 4."""
     return math.ceil(n / (4 if rounds == "dynamic" else rounds))
 
 
@@ -180,7 +180,7 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False):
 class TrainingSet(torch.utils.data.Dataset):
     """Examples -> {"image": uint8 (3, size, size), "tokens", "labels", "points", "conversation": lists}.
 
-    images: the folder of the photos. tokens, labels and points as in Chat.conversation(), behind BOS and
+    images: the folder of the photos. tokens, labels and points as in Chat.conversation(), after BOS and
     "\\n". conversation is the number of the conversation that a token belongs to, from 1, or 0 for BOS and
     "\\n", which all of them share.
     """

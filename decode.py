@@ -1,8 +1,8 @@
 """Asking CapeLLM: from photos and questions to points (paper, section 3.2).
 
-The textbook way takes the likeliest next token, feeds it back, and so on: about a dozen passes through the
-decoder for one answer. But most tokens of an answer are known before. Three passes do for all questions about
-a photo:
+The textbook way takes the likeliest next token, feeds it back, and so on: nine passes through the
+decoder, one for the photo and one for each token. But most tokens of an answer are known in advance. Three
+passes suffice for all questions about a photo:
 
     pass 1   BOS, 256 image tokens, "\\n"            the photo, once; its keys and values are kept
     pass 2   User: where is ... Assistant: [0.       each question, and the start of its answer
@@ -126,7 +126,7 @@ def answer_plainly(conversations, questions, answer_format):
 
 
 def answer_in_format(conversations, questions, answer_format, constrained=False):
-    """A pass for each choice, with the tokens that are known before it fed along. Every row keeps the format.
+    """A pass for each choice, with the tokens known in advance fed along. Every row keeps the format.
 
     -> R answers; for each, whether greedy decoding agrees, that is, would have said just this; and the
     distributions over answer_format.digits that its choices were made from. constrained: what greedy decoding
@@ -221,7 +221,7 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False, c
 
 
 def point_out(model, conversations, questions, chat):
-    """Table 8: reads <KEYPOINT> behind each question, and the point off its hidden state."""
+    """Table 8: reads <KEYPOINT> after each question, and the point off its hidden state."""
     hidden = conversations.read([[*question, chat.keypoint] for question in questions])[:, -1]  # (R, D)
     return [Prediction(tuple(point), None, [chat.keypoint, chat.eos])
             for point in model.keypoint_head(hidden.float()).tolist()]

@@ -149,8 +149,8 @@ class RMSNorm(nn.Module):
 # prefix: keys and values of a photo are kept once, and rows that go on from it share them.
 # real: only attention needs rows of one length, (B, T). All other layers treat each token by itself; they get
 #     a list of the N tokens that are no padding. `real` is where in the rows these are: (rows, columns).
-# wanted: an index of the tokens, in x as it is given, whose hidden states the caller needs. Of the others the
-#     last layer makes the keys and values alone.
+# wanted: an index of the tokens, in x as it is given, whose hidden states the caller needs. For the rest, the
+#     last layer computes only keys and values.
 
 
 class Attention(nn.Module):
@@ -221,7 +221,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, mask, past=None, prefix=None, real=None, wanted=None):
-        """-> x behind this layer, and the keys and values to cache."""
+        """-> x after this layer, and the keys and values to cache."""
         y, cached = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, prefix, real, wanted)
         x = pick(x, wanted) + y
         return x + self.mlp(self.post_attention_layernorm(x)), cached

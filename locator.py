@@ -156,7 +156,7 @@ def check_box(box, photo):
 
 
 def round_off(value):
-    """For people: a number to 2 digits behind the point, a distribution to 6; None as it is."""
+    """For people: a number to 2 digits after the point, a distribution to 6; None as it is."""
     if value is None:
         return None
     return value.round(6).tolist() if isinstance(value, np.ndarray) else round(value, 2)
@@ -194,7 +194,7 @@ def parse_keypoints(text, sets):
     """What --keypoints says -> Category: the name of a set, a file, or "name: description; name: ...".
 
     A file is JSON, {name: description}, or text with a keypoint in each line. Keypoints are separated by
-    semicolons or line ends; if there are none, by commas behind which "name:" follows.
+    semicolons or line ends; if there are none, by commas after which "name:" follows.
     """
     if text in sets:
         return sets[text]

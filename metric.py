@@ -32,7 +32,7 @@ def pck_of_queries(instances, predicted):
 
 
 def pck_of_pairs(instances, predicted, category_order):
-    """Earlier work's 60,000 support-query pairs: 200 times one support and 15 queries of each category.
+    """Earlier work's 60,000 support-query pairs: in 20 categories each 200 times a support and 15 queries.
 
     Only keypoints visible in both count; a pair that shares none scores 0. CapeLLM's answers do not depend on
     the support. -> (pairs, 5): shares of keypoints hit, and the pairs, (support, query) indices of instances.

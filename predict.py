@@ -192,7 +192,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("the page").add_argument
     add("--serve", action="store_true", help="open a page to try it, for this computer only")
     add("--port", type=int, default=8000, help="of the page")
-    if "--box" in argv[:-1]:  # -5,... behind it would be taken for an option
+    if "--box" in argv[:-1]:  # -5,... after it would be taken for an option
         i = argv.index("--box")
         argv = [*argv[:i], "=".join(argv[i:i + 2]), *argv[i + 2:]]
     args = parser.parse_args(argv)

@@ -260,7 +260,8 @@ def agree_on_loss(loss, signal_number, world):
     sums = torch.stack([loss / world, torch.tensor(float(bool(signal_number)), device=loss.device)])
     if world > 1:
         dist.all_reduce(sums)
-    return sums.tolist()
+    loss, stopped = sums.tolist()
+    return loss, stopped > 0
 
 
 # --------------------------------------------------------------------------------------------------- program
@@ -311,6 +312,8 @@ def train(args, process, chat, data, checkpoint, steps):
     lock = lock_folder(folder) if process.rank == 0 else None  # held until this function ends
     check_briefly(args)
     model, optimizer = load_network(args, checkpoint, process.device)
+    if checkpoint:
+        checkpoint.clear()  # of a full fine-tuning it is several GB
     if lock and args.fresh:  # as late as here, where all that could be refused has been
         for name in "ckpt.pt", "best.pt":
             (folder / name).unlink(missing_ok=True)

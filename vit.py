@@ -141,7 +141,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
 
     def forward(self, images):
-        """Normalised photos (B, 3, h, w), multiples of the patch -> patch tokens (B, N, D), row by row."""
+        """Normalised photos (B, 3, h, w), as large as load() was told -> patch tokens (B, N, D), by rows."""
         B = len(images)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat((self.cls_token.expand(B, -1, -1), patches), dim=1) + self.pos_embed  # (B, 1 + N, D)
