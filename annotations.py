@@ -87,15 +87,14 @@ def annotation_file(data, split, subset):
 def read_instances(path, categories):
     """An annotation file -> its Instances, photo by photo. categories: what read_descriptions() gave.
 
-    As in the published code, some annotations are left out: see make_instance(). Two may have the same id,
-    which matters in an evaluation alone: see refuse_same_ids(). InputError names the annotation that is
-    malformed or does not fit the descriptions.
+    As in the published code, some annotations are left out: see make_instance(). InputError names the
+    annotation that is malformed or does not fit the descriptions.
     """
     if not Path(path).exists():
         raise InputError(f"{path}: no such file; say with --data where MP-100 is")
     raw, annotations = read_json(path), {}
     photos = by_id(raw, "images", "image", path)
-    for number, annotation in list_ids(raw, "annotations", path):
+    for number, annotation in by_id(raw, "annotations", "annotation", path).items():
         of = f" of annotation {number}"
         image = get_field(annotation, "image_id", wrong(path), int, -MAX_ID, MAX_ID, of)
         annotations.setdefault(image, []).append(annotation)
@@ -113,26 +112,15 @@ def wrong(path):
     return f"{path}: not an MP-100 annotation file"
 
 
-def list_ids(raw, key, path):
-    """A list of an annotation file -> [(id, entry), ...]."""
-    return [(get_field(entry, "id", wrong(path), int, -MAX_ID, MAX_ID, f" of an entry of {key}"), entry)
-            for entry in get_field(raw, key, wrong(path), list, 0, 10**7)]
-
-
 def by_id(raw, key, what, path):
-    """The same as {id: entry}. InputError if two entries that differ have the same id."""
+    """A list of an annotation file -> {id: entry}. InputError if two have the same id."""
     entries = {}
-    for number, entry in list_ids(raw, key, path):
-        if entries.setdefault(number, entry) != entry:
-            raise InputError(f"{path}: {what} {number} is listed twice, and not alike; remove one of them")
+    for entry in get_field(raw, key, wrong(path), list, 0, 10**7):
+        number = get_field(entry, "id", wrong(path), int, -MAX_ID, MAX_ID, f" of an entry of {key}")
+        if number in entries:
+            raise InputError(f"{path}: {what} {number} is listed twice")
+        entries[number] = entry
     return entries
-
-
-def refuse_same_ids(instances, path):
-    """InputError if two have the same id, by which predictions find their annotation."""
-    (number, count), = Counter(instance.annotation_id for instance in instances).most_common(1) or [(0, 0)]
-    if count > 1:
-        raise InputError(f"{path}: {count} annotations have the id {number}; give each an id of its own")
 
 
 def plain(name):

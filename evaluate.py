@@ -28,7 +28,6 @@ from annotations import (
     read_descriptions,
     read_instances,
     refuse_missing,
-    refuse_same_ids,
 )
 from arguments import images_folder
 from check import describe_shortfall
@@ -344,7 +343,6 @@ def read_data(args, checkpoint, trained):
     else:
         categories = read_descriptions(args.descriptions or "descriptions.json")
     instances = read_instances(annotations, categories)
-    refuse_same_ids(instances, annotations)
     return instances, categories, annotations, Path(root, "images"), {"split": split, "subset": args.subset}
 
 

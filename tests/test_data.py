@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 import data
-from annotations import (
-    Instance,
-    check_categories,
-    keep_readable,
-    read_descriptions,
-    read_instances,
-    refuse_same_ids,
-)
+from annotations import Instance, check_categories, keep_readable, read_descriptions, read_instances
 from chat import IGNORE, Category, Chat
 from common import InputError
 from data import Crop, Example, TrainingSet, collate, crop_of, plan_epoch
@@ -217,23 +210,12 @@ def read_raw(folder, **contents):
     return read_instances(folder / "a.json", CATEGORIES)
 
 
-def test_an_id_that_comes_twice_is_refused_where_it_matters(tmp_path):
+def test_an_id_that_comes_twice_is_refused_and_what_is_not_listed_is_counted(tmp_path, capsys):
     photo = dict(id=1, file_name="1.png", width=100, height=80)
     plate = dict(id=5, image_id=1, category_id=2, bbox=[10, 20, 30, 40], keypoints=[20, 30, 1])
-    moved = plate | dict(bbox=[0, 0, 30, 40])
-    instances = read_raw(tmp_path, images=[photo, photo], annotations=[plate, moved])
-    assert [(instance.annotation_id, instance.box[0]) for instance in instances] == [(5, 10), (5, 0)]
-    with pytest.raises(InputError, match="a.json: 2 annotations have the id 5; give each"):
-        refuse_same_ids(instances, "a.json")
-    refuse_same_ids(instances[:1], "a.json")
-    refuse_same_ids([], "a.json")
-    with pytest.raises(InputError, match="a.json: image 1 is listed twice, and not alike"):
-        read_raw(tmp_path, images=[photo, photo | dict(width=99)], annotations=[plate])
-
-
-def test_annotations_of_photos_that_are_not_listed_are_counted(tmp_path, capsys):
-    photo = dict(id=1, file_name="1.png", width=100, height=80)
-    plate = dict(id=5, image_id=1, category_id=2, bbox=[10, 20, 30, 40], keypoints=[20, 30, 1])
+    for n_photos, n_plates, says in (1, 2, "annotation 5"), (2, 1, "image 1"):
+        with pytest.raises(InputError, match=f"a.json: {says} is listed twice$"):
+            read_raw(tmp_path, images=[photo] * n_photos, annotations=[plate] * n_plates)
     stray = [plate | dict(id=i, image_id=2) for i in (6, 7)]
     assert len(read_raw(tmp_path, images=[photo], annotations=[plate])) == 1
     assert capsys.readouterr() == ("", "")

@@ -486,14 +486,14 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_network_is_loaded(check
     assert f"{tmp_path / 'file'}: cannot be made" in line
 
 
-def test_annotations_of_one_id_are_refused_since_predictions_go_by_it(checkpoint, tmp_path):
+def test_annotations_of_one_id_are_refused(checkpoint, tmp_path):
     data = shutil.copytree(checkpoint / "data", tmp_path / "data")
     path = data / "annotations" / "mp100_split1_test.json"
     contents = json.loads(path.read_text())
     contents["annotations"][1]["id"] = 100
     path.write_text(json.dumps(contents))
     line = refused(evaluate, [checkpoint / "ckpt.pt", "--data", data])
-    assert f"{path}: 2 annotations have the id 100" in line
+    assert f"{path}: annotation 100 is listed twice" in line
 
 
 def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch, capsys):
