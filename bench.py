@@ -207,7 +207,7 @@ def check_answers(answers, exact):
         # In bf16 products of other shapes round otherwise, and a close call between two numbers may go either
         # way. All tokens must be equal in fp32, in which a tiny network is checked before.
         equal = (np.array(answers[way]) == ours).mean()
-        assert equal >= (1 if exact else 0.8), f"{way}: {equal:.1%} of the tokens are equal"
+        assert equal >= (1 if exact else 0.9), f"{way}: {equal:.1%} of the tokens are equal"
 
 
 def training(model, twin, B):

@@ -1,8 +1,8 @@
 """Asking CapeLLM: from photos and questions to points (paper, section 3.2).
 
-The textbook way takes the likeliest next token, feeds it back, and so on: nine passes through the
-decoder, one for the photo and one for each token. But most tokens of an answer are known in advance. Three
-passes suffice for all questions about a photo:
+The textbook way takes the likeliest next token, feeds it back, and so on: nine passes through the decoder,
+one for the photo and one for each token. But most tokens of an answer are known in advance. Three passes
+suffice for all questions about a photo:
 
     pass 1   BOS, 256 image tokens, "\\n"            the photo, once; its keys and values are kept
     pass 2   User: where is ... Assistant: [0.       each question, and the start of its answer
@@ -144,7 +144,7 @@ def answer_in_format(conversations, questions, answer_format, constrained=False)
         if constrained:
             scores = F.linear(hidden[:, -1], llama.lm_head.weight[digits]).float()  # (R, digits)
         else:
-            scores, likeliest = compare_tokens(llama, hidden, digits)
+            scores, likeliest = score_tokens(llama, hidden, digits)
         choice = digits[scores.argmax(-1)].tolist()
         said = [known + [digit] for digit in choice]
         if not constrained:
@@ -156,9 +156,9 @@ def answer_in_format(conversations, questions, answer_format, constrained=False)
     return answers, agrees.tolist(), distributions
 
 
-def compare_tokens(llama, hidden, digits):
+def score_tokens(llama, hidden, digits):
     """Hidden states (R, n, D) -> logits of `digits` at the last position, and the likeliest token at each."""
-    logits = llama.lm_head(hidden).float()  # (R, n, V), 0.5 MB a position: not to be kept
+    logits = llama.lm_head(hidden).float()  # (R, n, V), 0.5 MB a position: freed before the next pass
     return logits[:, -1, digits], logits.argmax(-1)  # (R, digits), (R, n)
 
 
@@ -228,6 +228,9 @@ def point_out(model, conversations, questions, chat):
 
 
 # ----------------------------------------------------------------------------------------------- coordinates
+
+
+DECODINGS = "greedy", "median", "mean"  # what read_coordinates() may take
 
 
 def read_coordinates(answer, distributions, chat, decode="greedy"):

@@ -47,12 +47,10 @@ from common import (
     write_json,
 )
 from data import crop_of, normalize
-from decode import Prediction, locate
+from decode import DECODINGS, Prediction, locate
 from draw import draw_sheet
 from metric import THRESHOLDS, make_report, pck_of_queries, print_report, read_predictions
 from model import DTYPES
-
-DECODINGS = "greedy", "median", "mean"  # what to take of each coordinate's distribution
 
 # -------------------------------------------------------------------------------------------- asking a model
 
@@ -234,7 +232,7 @@ def ask_checkpoint(args, checkpoint, instances, categories, images):
     results = ask_together(
         model, chat, photos, categories, make_batches(instances, args.batch), process, args.workers, kept,
         constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
-    return results if process.rank == 0 else None, kept
+    return (results if process.rank == 0 else None), kept
 
 
 class Validation:

@@ -23,7 +23,8 @@ from chat import Category
 from checkpoint import load_trained, read_checkpoint
 from common import InputError, read_json, start_processes
 from data import Crop, average_blocks, to_rgb
-from evaluate import DECODINGS, check_decoding, predict
+from decode import DECODINGS
+from evaluate import check_decoding, predict
 from model import DTYPES
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions.json"

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from checkpoint import read_checkpoint
 from common import Help, InputError, make_folder, printable, read_json, run, write_json
+from decode import DECODINGS
 from draw import draw_points, save_picture
-from evaluate import DECODINGS
 from locator import (
     DESCRIPTIONS,
     Locator,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,15 @@ def test_noisy_rows_are_repeated_once_and_marked(capsys, monkeypatch):
     bench.contest([], 1e9, "title", runners, lambda _: None, "photos")
     _, a, ours, b = capsys.readouterr().out.strip().splitlines()
     assert not times and "once" in a and "18% " in ours and "40%!" in b
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/self/status").exists(),
+                    reason="memory of a GPU, or of no Linux")
+def test_memory_is_what_a_run_needs_at_most():
+    """A tensor of 256 MiB and then one of 128, beside one that was there before."""
+    before = torch.ones(2**25)
+    done, gib = bench.peak_memory(lambda: [torch.ones(n * 2**20).sum().item() for n in (64, 32)])
+    assert done == [64 * 2**20, 32 * 2**20] and 0.23 < gib < 0.3 and len(before) == 2**25
 
 
 def test_the_floor_counts_the_products_of_ours(capsys, monkeypatch):
