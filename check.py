@@ -191,7 +191,7 @@ def check_memory(args):
     c, p = model.llama.config, getattr(model.vit.config, "patch_size", 32)
     positions = math.ceil(args.image_size / p) ** 2 + 293  # of text, on average, with four rounds
     layers = 1 if args.checkpoint_activations else c.num_hidden_layers
-    width = 2 if on_gpu else 4  # bytes of a number: bf16 or fp32
+    width = 2 if (args.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else 4  # bytes of a number
     numbers = ACTIVATIONS / 2 * positions * layers * c.hidden_size * args.micro_batch
     parts = {"frozen weights": frozen * width, "what trains, with gradients and Adam": trained * 16,
              "activations (a guess)": numbers * width}

@@ -125,6 +125,10 @@ def test_memory_and_checkpoints_on_paper_are_those_of_reproduce(tmp_path, monkey
     said = capsys.readouterr().out
     assert "frozen weights 16.7, what trains, with gradients and Adam 0.1, activations (a guess) 4." in said
     assert "a checkpoint takes 0.10 GB" in check.describe_disk(args)[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for args.dtype, frozen in ("bf16", 16.7), ("fp32", 33.3), (None, 33.3):  # on a CPU
+        assert check.check_memory(args) == []
+        assert f"frozen weights {frozen}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split, lacks", [
