@@ -106,6 +106,17 @@ def test_contestants_agree(networks):
     bench.check_training(*networks, bench.training(*networks, 2)[1], exact=True)
 
 
+def test_contestants_agree_where_the_position_table_is_resized(monkeypatch, tmp_path):
+    """DINOv2's is for 518 pixels. Transformers would fit it to 224 by another factor than the original."""
+    vit, llama = bench.SIZES["tiny"]
+    monkeypatch.setitem(bench.SIZES, "tiny", (vit | dict(image_size=518), llama))
+    bench.save_random_weights("tiny", tmp_path, "cpu")
+    model = bench.load(tmp_path, "cpu", "fp32")
+    twin, photos = bench.Twin(tmp_path, model), bench.make_photos(1, model)
+    assert photos.shape[-1] == 224
+    torch.testing.assert_close(twin.see(photos), model.see(photos), atol=1e-4, rtol=0)
+
+
 def test_the_plain_loop_takes_a_pass_a_token(networks):
     """Ours: one for the photo, two for the answers. The plain loop: these, and one for each of 8 tokens."""
     passes = []
