@@ -6,7 +6,7 @@
 
 An instance is one annotated animal, garment or thing. Points are in pixels of the photo. A point is always
 (x, y), x to the right and y down. Most of this file says what is wrong with a file that somebody else made;
-a reader who trusts theirs needs Instance alone.
+a reader who trusts theirs only needs Instance.
 """
 
 import re
@@ -237,7 +237,7 @@ def is_readable(path, to_its_end):
 
 
 def open_image(path):
-    """Image.open() for regular files alone: one could wait for a pipe for ever."""
+    """Image.open() for regular files only: one could wait for a pipe for ever."""
     if Path(path).exists() and not Path(path).is_file():
         raise OSError("it is not a regular file")
     return Image.open(path)

@@ -48,7 +48,7 @@ def build_parser():
     add("--rounds", type=rounds_type, default=4,
         help='keypoints asked in a conversation (Table 4), or "dynamic": any number')
     add("--pretrain", choices=PRETRAINING,
-        help="Table 9: train the projection alone, to name the keypoint at a point")
+        help="Table 9: train only the projection, to name the keypoint at a point")
     add("--seed", type=partial(natural, most=MAX_SEED), default=42, help="of all that is random")
     add_running(parser.add_argument_group("running").add_argument)
     return parser
@@ -70,11 +70,11 @@ def add_files(add_group):
     add("--vit", default="weights/dinov2-large", metavar="DIR", help="config.json, model.safetensors")
     add("--out", metavar="DIR", help="folder of the checkpoint (default: runs/splitN, runs/pretrain-..., or "
         "runs/ and the name of --annotations)")
-    add("--resume", metavar="CKPT", default="auto", help="a checkpoint to go on from, with its arguments but "
-        'for those given here; "auto": ckpt.pt in --out if it is there')
+    add("--resume", metavar="CKPT", default="auto", help="a checkpoint to resume from, with its arguments "
+        'but for those given here; "auto": ckpt.pt in --out if it is there')
     add("--fresh", action="store_true", help="start anew in a folder that holds a run, which is overwritten")
     add("--init", metavar="CKPT", help="a checkpoint to start from, with all that trains here too")
-    add("--init-projection", metavar="CKPT", help="likewise, with its projection alone: Table 9")
+    add("--init-projection", metavar="CKPT", help="likewise, but only its projection: Table 9")
 
 
 def add_running(add):
@@ -98,7 +98,7 @@ def add_running(add):
 def as_if_typed(trained, path):
     """-> the arguments of the checkpoint at `path`. InputError if the command line would not take them.
 
-    The run goes on in the folder that the checkpoint lies in.
+    The run resumes in the folder that the checkpoint lies in.
     """
     parser = build_parser()
     parser.exit_on_error = False
@@ -119,22 +119,24 @@ def refuse_contradictions(parser, args):
         parser.error("--data and --split are MP-100's: leave them out with --annotations")
     tunes_more = "full" in (args.tune_vit, args.tune_llm)
     if args.pretrain and ((args.instruction, args.answer) != ("description", "text") or tunes_more):
-        parser.error("--pretrain has its own instruction and trains the projection alone: "
+        parser.error("--pretrain has its own instruction and trains only the projection: "
                      "leave out --instruction, --answer, --tune-*")
     if args.pretrain and args.validate:
         parser.error("--validate: a network of --pretrain locates nothing that could be measured")
+    if args.missing_list and not args.check:
+        parser.error("--missing-list goes with --check")
     if args.validate and args.annotations and not args.val:
         parser.error("--validate needs --val, a file of other photos")
 
 
 def parse_arguments(argv):
-    """args.resume becomes the path of the checkpoint to go on from, or None."""
+    """args.resume becomes the path of the checkpoint to resume from, or None."""
     parser = build_parser()
     args = parser.parse_args(argv)
     is_given = args.resume != "auto"
     starts = bool(args.init) + bool(args.init_projection)
     if is_given and (args.fresh or starts) or starts > 1:
-        parser.error("--resume goes on from a checkpoint, --init and --init-projection start from one, "
+        parser.error("--resume continues from a checkpoint, --init and --init-projection start from one, "
                      "--fresh starts anew: give only one of them")
     if is_given:  # the run's own arguments, but for what the command line says
         parser.set_defaults(**as_if_typed(read_checkpoint(args.resume)["args"], args.resume))

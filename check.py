@@ -24,10 +24,10 @@ from arguments import images_folder
 from checkpoint import load_chat, load_model
 from coco import read_coco, read_texts
 from common import InputError, read_json, write_whole
-from hiera import Hiera, HieraConfig
-from llama import Llama, LlamaConfig
+from hiera import Hiera, read_hiera_config
+from llama import Llama, read_llama_config
 from model import CapeLLM, adapt
-from vit import ViT, ViTConfig
+from vit import ViT, read_vit_config
 from weights import find_shards
 
 N_CATEGORIES = {"train": 70, "val": 10, "test": 20}  # of each of MP-100's splits (paper, section 4.1)
@@ -161,9 +161,9 @@ def sketch(args):
     """The network of these arguments without its weights, on the meta device."""
     vit_config, llm_config = Path(args.vit, "config.json"), Path(args.llm, "config.json")
     is_hiera = read_json(vit_config, dict).get("model_type") == "hiera"
-    Encoder, Config = (Hiera, HieraConfig) if is_hiera else (ViT, ViTConfig)
+    Encoder, read_config = (Hiera, read_hiera_config) if is_hiera else (ViT, read_vit_config)
     with torch.device("meta"):
-        vit, llama = Encoder(Config.from_json(vit_config)), Llama(LlamaConfig.from_json(llm_config))
+        vit, llama = Encoder(read_config(vit_config)), Llama(read_llama_config(llm_config))
         adapt(vit, args.tune_vit, ("q", "v"))
         adapt(llama, args.tune_llm, ("q_proj", "v_proj"))
         return CapeLLM(vit, llama, args.answer)

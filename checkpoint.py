@@ -1,4 +1,4 @@
-"""What a training run leaves, how it goes on from there, and how a network is made of it.
+"""What a training run leaves, how it resumes from there, and how a network is made of it.
 
 A checkpoint holds the run's arguments, its descriptions of all keypoints, the trained weights, the
 optimizer's state, and how many steps are done. Frozen weights stay where they were published.
@@ -110,7 +110,7 @@ def save_checkpoint(path, **contents):
         if part.is_file():
             part.unlink()
         raise InputError(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
-                         "free some space; the same command goes on") from None
+                         "free some space; the same command resumes") from None
 
 
 def lock_folder(folder):

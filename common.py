@@ -136,7 +136,7 @@ class Stop:
 
     def __enter__(self):
         self.signal, self.before = 0, {}
-        is_main = threading.current_thread() is threading.main_thread()  # which alone gets signals
+        is_main = threading.current_thread() is threading.main_thread()  # only it gets signals
         for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():
             if (handler := signal.getsignal(number)) != signal.SIG_IGN:
                 self.before[number] = handler or signal.SIG_DFL

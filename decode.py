@@ -40,8 +40,8 @@ class Prediction:
     point: tuple | None  # (x, y) in fractions of the crop; None if the answer holds no coordinates
     confidence: float | None = None  # the share of the distributions near the point; None if unknown
     answer: list = ()  # the tokens that the model said
-    x: np.ndarray | None = None  # distribution of x over 0.000 ... 0.999: (1000,); None if unknown
-    y: np.ndarray | None = None
+    x_distribution: np.ndarray | None = None  # over 0.000 ... 0.999: (1000,); None if unknown
+    y_distribution: np.ndarray | None = None
 
 
 # --------------------------------------------------------------------------------------------- conversations
@@ -50,10 +50,10 @@ class Prediction:
 class Conversations:
     """Conversations under way, one a row: what was read, as keys and values that the next tokens look at.
 
-    What they begin with, a photo, is kept once, however many go on from it. Rows read blocks of tokens of
+    What they begin with, a photo, is kept once, however many continue it. Rows read blocks of tokens of
     different lengths, so some slots of the cache hold padding, and nothing ever looks at those:
 
-        beginnings  p p p p p p      beginning_of  0, 0: both rows go on from p
+        beginnings  p p p p p p      beginning_of  0, 0: both rows continue p
         cache       a a a a a  c c   real          1 1 1 1 1 1  1 1 1 1 1  1 1
                     b b - - -  d -                 1 1 1 1 1 1  1 1 0 0 0  1 0
     """
@@ -66,7 +66,7 @@ class Conversations:
         self.real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (R, S), False for padding
 
     def select(self, rows):
-        """Goes on with these rows alone. A row that is named several times becomes several conversations."""
+        """Continues only these rows. A row that is named several times becomes several conversations."""
         rows = torch.tensor(rows, dtype=torch.long, device=self.real.device)
         for i, (k, v) in self.cache.items():  # layer by layer, so that little is held twice
             self.cache[i] = k[rows], v[rows]  # (R, G, slots, d)
@@ -98,7 +98,7 @@ class Conversations:
         self.real[rows, start:] = False
 
 
-def read_photos(model, images, chat):
+def start_conversations(model, images, chat):
     """The first pass: BOS, image tokens and "\\n", one conversation a photo."""
     start = torch.tensor([[chat.bos, *chat.newline]], device=images.device)
     text = model.llama.embed_tokens(start).expand(len(images), -1, -1)  # (P, 2, D)
@@ -191,40 +191,50 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False, c
     constrained: keep all answers to the format, so that none is malformed. cumulative: ask a photo's
     questions one after another in one conversation, with the model's answers between them, not all at once.
     """
-    conversations = read_photos(model, images, chat)
+    conversations = start_conversations(model, images, chat)
     photo_of = list(range(len(images)))  # of each conversation
     unread = [[] for _ in images]  # what was said in each but not yet read
     if chat.opening:  # what is in the photo?
         said = answer_questions(conversations, [chat.opening] * len(images), chat.words)
         unread = [chat.words.still_to_read(words) for words, _ in said]
-    # a turn is a list of (photo, question) that are asked together: all at once, or one for each photo
-    turns = [[(p, question) for p, asked in enumerate(questions) for question in asked]]
-    if cumulative:
-        turns = [[(p, asked[turn]) for p, asked in enumerate(questions) if turn < len(asked)]
-                 for turn in range(max(map(len, questions), default=0))]
     predictions = [[] for _ in images]
-    for turn in filter(None, turns):
+    for turn in take_turns(questions, cumulative):
         rows = [photo_of.index(p) for p, _ in turn]  # the conversation that each question continues
         conversations.select(rows)
         photo_of = [p for p, _ in turn]
-        asked = [unread[r] + question for r, (_, question) in zip(rows, turn)]
-        if chat.keypoint is None:
-            said = answer_questions(conversations, asked, chat.coordinates, constrained)
-            unread = [chat.coordinates.still_to_read(answer) for answer, _ in said]
-            found = [read_coordinates(*one, chat, decode) for one in said]
-        else:
-            found = point_out(model, conversations, asked, chat)
-            unread = [[chat.eos] for _ in asked]
+        blocks = [unread[r] + question for r, (_, question) in zip(rows, turn)]
+        found, unread = answer_turn(model, conversations, blocks, chat, decode, constrained)
         for p, prediction in zip(photo_of, found):
             predictions[p].append(prediction)
     return predictions
 
 
-def point_out(model, conversations, questions, chat):
-    """Table 8: reads <KEYPOINT> after each question, and the point off its hidden state."""
-    hidden = conversations.read([[*question, chat.keypoint] for question in questions])[:, -1]  # (R, D)
-    return [Prediction(tuple(point), None, [chat.keypoint, chat.eos])
-            for point in model.keypoint_head(hidden.float()).tolist()]
+def take_turns(questions, cumulative):
+    """Which questions are asked together -> turns, each a list of (photo, question).
+
+    For questions p1, p2 and p3 about photo p, and q1 and q2 about q:
+
+        all at once    p1 p2 p3 q1 q2             one turn, five conversations
+        cumulative     p1 q1 / p2 q2 / p3         three turns, a conversation for each photo
+    """
+    if not cumulative:
+        turns = [[(p, question) for p, asked in enumerate(questions) for question in asked]]
+    else:
+        turns = [[(p, asked[n]) for p, asked in enumerate(questions) if n < len(asked)]
+                 for n in range(max(map(len, questions), default=0))]
+    return filter(None, turns)
+
+
+def answer_turn(model, conversations, blocks, chat, decode, constrained):
+    """Reads a block, up to a question, in each row -> Predictions, and tokens that were said but not read."""
+    if chat.keypoint is not None:  # Table 8: the point is read off the hidden state of <KEYPOINT>
+        hidden = conversations.read([[*block, chat.keypoint] for block in blocks])[:, -1]  # (R, D)
+        points = model.keypoint_head(hidden.float()).tolist()
+        return ([Prediction(tuple(point), None, [chat.keypoint, chat.eos]) for point in points],
+                [[chat.eos] for _ in blocks])
+    said = answer_questions(conversations, blocks, chat.coordinates, constrained)
+    return ([read_coordinates(answer, distributions, chat, decode) for answer, distributions in said],
+            [chat.coordinates.still_to_read(answer) for answer, _ in said])
 
 
 # ----------------------------------------------------------------------------------------------- coordinates
@@ -255,7 +265,7 @@ def read_coordinates(answer, distributions, chat, decode="greedy"):
 def number_distribution(distributions):
     """The distributions of one number's successive digits -> that of the number: (1000,).
 
-    What follows a digit is known for the likeliest digit alone. The share of every other digit is spread
+    What follows a digit is known only for the likeliest digit. The share of every other digit is spread
     evenly over the numbers that begin with it. If the first digit is 2 at 70 % and 1 at 30 %, and after the 2
     comes a 0 at 90 %, then 63 % go to 0.200 ... 0.209, and each of 0.100 ... 0.199 gets 0.3 %.
     """
@@ -285,7 +295,7 @@ if __name__ == "__main__":
         passes.clear()
         began = time.perf_counter()
         with torch.no_grad():
-            conversations = read_photos(model, image, chat)
+            conversations = start_conversations(model, image, chat)
             conversations.select([0] * len(questions))
             found = decode(conversations, questions, chat.coordinates)
         seconds = time.perf_counter() - began

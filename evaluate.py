@@ -1,11 +1,17 @@
 """Evaluates a checkpoint on MP-100 or own data, or scores predictions (paper, section 4.1; Tables 2 to 9).
 
     python evaluate.py runs/split1/ckpt.pt                  all it needs is in the checkpoint; torchrun works
-    python evaluate.py --score predictions.json --split 1   the metric alone, without network and photographs
+    python evaluate.py --score predictions.json --split 1   only the metric, without network and photographs
     python evaluate.py CKPT --annotations val.json --images photos          your own data, see coco.py
 
 Beside the checkpoint it leaves report.json, predictions.json and predictions.png. An evaluation that was
-stopped goes on where it was. Letters: P photos, K keypoints.
+stopped resumes where it was. Who calls whom:
+
+    main -> evaluate_checkpoint -> ask_checkpoint          reads data and network, writes results
+         -> ask_together -> predict_batch                  shares out batches between processes
+         -> predict_within_memory -> predict -> locate     asks: the last is decode.py's
+
+Letters: P photos, K keypoints.
 """
 
 import argparse
@@ -138,7 +144,7 @@ def predict_batch(model, chat, batch, instances, categories, **how):
             model, chat, [crop_of(instances[i]) for i in indices], torch.stack(pixels),
             [categories[instances[i].category_id] for i in indices], **how)
         for i, predictions in zip(indices, found):  # without the distributions, 16 kB a keypoint
-            results[i] = [replace(prediction, x=None, y=None) for prediction in predictions]
+            results[i] = [replace(p, x_distribution=None, y_distribution=None) for p in predictions]
     return results
 
 
@@ -204,7 +210,7 @@ class PartialResults:
 def fingerprint(args, checkpoint, instances, categories, images):
     """A text that stands for all that an evaluation's answers depend on; of photos, size and date.
 
-    The weights are those that were read: a training that goes on may have written others since.
+    The weights are those that were read: a training under way may have written others since.
     """
     weights = hashlib.sha256(repr(checkpoint["args"]).encode())
     for name, weight in checkpoint["model"].items():
@@ -227,7 +233,7 @@ def ask_checkpoint(args, checkpoint, instances, categories, images):
     kept = PartialResults(find_folder(args), fingerprint(args, checkpoint, instances, categories, images),
                           process.rank)
     if kept.results:
-        say(f"goes on with {len(kept.results)} of {len(instances)} objects done")
+        say(f"resumes with {len(kept.results)} of {len(instances)} objects done")
     photos = Photos(instances, images, checkpoint["args"]["image_size"])
     results = ask_together(
         model, chat, photos, categories, make_batches(instances, args.batch), process, args.workers, kept,
@@ -301,7 +307,7 @@ def parse_arguments(argv):
     add("--protocol", choices=["query", "pairs"], default="query",
         help="Table 2: each object once, or support-query pairs")
     add("--out", metavar="DIR",
-        help="their folder (default: that of the checkpoint, with val/ or train/ for those)")
+        help="their folder (default: that of the checkpoint; best/, val/ or train/ in it for those)")
     add("--report", metavar="JSON", help="where the report goes (default: report.json in --out)")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.score):
@@ -395,8 +401,9 @@ def score(args, instances, categories, annotations, facts):
 
 
 def find_folder(args):
-    """Where the results of a checkpoint go."""
-    folder = Path(args.checkpoint).parent
+    """Where the results of a checkpoint go: beside it, but those of best.pt into best/."""
+    path = Path(args.checkpoint)
+    folder = path.parent / "best" if path.name == "best.pt" else path.parent
     return Path(args.out or (folder if args.subset == "test" else folder / args.subset))
 
 

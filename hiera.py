@@ -33,12 +33,6 @@ from torch import nn
 from common import InputError, check, get_field, read_json
 from weights import load_weights
 
-# What all published Hieras for photos have in common, as config.json says it or by default.
-COMMON = dict(
-    patch_size=[7, 7], patch_stride=[4, 4], patch_padding=[3, 3], num_channels=3, hidden_act="gelu",
-    embed_dim_multiplier=2, masked_unit_size=[8, 8], masked_unit_attention=[True, True, False, False],
-    num_query_pool=3, query_stride=[2, 2])
-
 
 @dataclass(frozen=True)
 class HieraConfig:
@@ -51,28 +45,6 @@ class HieraConfig:
     layer_norm_eps: float = 1e-6
     image_size: tuple = (224, 224)
 
-    @classmethod
-    def from_json(cls, path):
-        """Reads a config.json of the hub. InputError if it differs from what all published Hieras share."""
-        raw = read_json(path, dict)
-        for key, value in dict(model_type="hiera", **COMMON).items():
-            if raw.get(key, COMMON.get(key)) != value:
-                raise InputError(f"{path}: {key} is {raw.get(key)!r}, "
-                                 f"not {value!r} as in the published Hieras")
-        for key in raw.keys() & FIELDS.keys() | {"num_heads"}:  # no shape tells these
-            get_field(raw, key, path, *FIELDS[key])
-        config = cls(**{k: v for k, v in raw.items() if k in FIELDS})
-        for key, values in ("depths", config.depths), ("num_heads", config.num_heads):
-            for value in values:
-                check(value, f"{path}: a number in {key}", int, 1, 200)
-        widths = [config.embed_dim * 2**stage for stage in range(4)]
-        if any(width % n for width, n in zip(widths, config.num_heads)):
-            raise InputError(f"{path}: num_heads {config.num_heads} do not divide the widths {widths}")
-        for pixels in config.image_size:
-            if check(pixels, f"{path}: a number in image_size", int, 32, 10000) % 32:
-                raise InputError(f"{path}: image_size {pixels} is not a multiple of 32")
-        return config
-
     @property
     def hidden_size(self):
         """The width of the image tokens: three stages double it."""
@@ -82,12 +54,6 @@ class HieraConfig:
     def units(self):
         """How many mask units lie side by side; each is 8 patches wide, a patch every 4 pixels."""
         return self.image_size[0] // 32
-
-
-# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
-FIELDS = dict(
-    embed_dim=(int, 1, 10**5), depths=(list, 4, 4), num_heads=(list, 4, 4), mlp_ratio=(float, 1, 1000),
-    layer_norm_eps=(float, 0, 1), image_size=(list, 2, 2))
 
 
 def pool(x):
@@ -176,7 +142,7 @@ class Hiera(nn.Module):
     @classmethod
     def load(cls, directory, image_size=224, dtype=torch.float32, device="cpu"):
         """Reads DIR/config.json and DIR/model.safetensors. InputError names the file and tensor at fault."""
-        config = HieraConfig.from_json(Path(directory) / "config.json")
+        config = read_hiera_config(Path(directory) / "config.json")
         if [image_size] * 2 != list(config.image_size):
             own_size = " x ".join(map(str, config.image_size))
             raise InputError(f"image size {image_size} is not the {own_size} of {directory}")
@@ -184,6 +150,41 @@ class Hiera(nn.Module):
             model = cls(config)
         load_weights(model, directory, lambda key: rename(key, config.depths), dtype, device)
         return model
+
+
+# -------------------------------------------------------------------------------------------- the hub's files
+
+# What all published Hieras for photos have in common, as config.json says it or by default.
+COMMON = dict(
+    patch_size=[7, 7], patch_stride=[4, 4], patch_padding=[3, 3], num_channels=3, hidden_act="gelu",
+    embed_dim_multiplier=2, masked_unit_size=[8, 8], masked_unit_attention=[True, True, False, False],
+    num_query_pool=3, query_stride=[2, 2])
+
+# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
+FIELDS = dict(
+    embed_dim=(int, 1, 10**5), depths=(list, 4, 4), num_heads=(list, 4, 4), mlp_ratio=(float, 1, 1000),
+    layer_norm_eps=(float, 0, 1), image_size=(list, 2, 2))
+
+
+def read_hiera_config(path):
+    """A config.json of the hub -> HieraConfig. InputError if it is not like the published ones."""
+    raw = read_json(path, dict)
+    for key, value in dict(model_type="hiera", **COMMON).items():
+        if raw.get(key, COMMON.get(key)) != value:
+            raise InputError(f"{path}: {key} is {raw.get(key)!r}, not {value!r} as in the published Hieras")
+    for key in raw.keys() & FIELDS.keys() | {"num_heads"}:  # no shape tells these
+        get_field(raw, key, path, *FIELDS[key])
+    config = HieraConfig(**{k: v for k, v in raw.items() if k in FIELDS})
+    for key, values in ("depths", config.depths), ("num_heads", config.num_heads):
+        for value in values:
+            check(value, f"{path}: a number in {key}", int, 1, 200)
+    widths = [config.embed_dim * 2**stage for stage in range(4)]
+    if any(width % n for width, n in zip(widths, config.num_heads)):
+        raise InputError(f"{path}: num_heads {config.num_heads} do not divide the widths {widths}")
+    for pixels in config.image_size:
+        if check(pixels, f"{path}: a number in image_size", int, 32, 10000) % 32:
+            raise InputError(f"{path}: image_size {pixels} is not a multiple of 32")
+    return config
 
 
 # What files hold beyond the image tokens, by the hub's three kinds of Hiera.

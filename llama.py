@@ -40,62 +40,6 @@ class LlamaConfig:
         rope_theta=500000.0, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=8192))
 
-    @classmethod
-    def from_json(cls, path):
-        """Reads a config.json of the hub. InputError if the model is not Llama-shaped."""
-        raw = read_json(path, dict)
-        if raw.get("model_type") not in ("llama", "mistral") or raw.get("sliding_window"):
-            raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not a Llama-shaped model "
-                             "without sliding window")
-        rope = read_rope(raw, path)
-        known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None}
-        needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads"}
-        if rope["rope_type"] == "llama3":
-            needed |= cls().rope.keys()
-        if missing := needed - known.keys() - rope.keys():
-            raise InputError(f"{path}: {min(missing)} is missing")
-        for key in known.keys() & FIELDS.keys():
-            get_field(known, key, path, *FIELDS[key])
-        known.setdefault("rms_norm_eps", 1e-6)  # what older files leave out is as in Transformers
-        known.setdefault("num_key_value_heads", raw["num_attention_heads"])
-        known.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-        check_heads_and_rope(path, known, rope)
-        return cls(**{**known, "rope": rope})
-
-
-# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
-FIELDS = dict(
-    vocab_size=(int,), hidden_size=(int,), intermediate_size=(int,), num_hidden_layers=(int, 1, 200),
-    num_attention_heads=(int, 1, 10000), num_key_value_heads=(int, 1, 10000), head_dim=(int, 1, 10000),
-    rms_norm_eps=(float, 0, 1), tie_word_embeddings=(bool,))
-ROPE = dict(
-    rope_theta=(float, 1, 10**12), factor=(float,), low_freq_factor=(float,), high_freq_factor=(float,),
-    original_max_position_embeddings=(int, 1, 10**9))
-
-
-def read_rope(raw, path):
-    """What a config.json says of RoPE, in one dictionary. InputError if it is of a kind not known here."""
-    # newer files keep everything about RoPE in rope_parameters, older ones in rope_theta and rope_scaling
-    old, new = (check(raw.get(key) or {}, f"{path}: {key}", dict, 0)
-                for key in ("rope_scaling", "rope_parameters"))
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **old, **new}
-    if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
-        raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only default and llama3")
-    return rope
-
-
-def check_heads_and_rope(path, known, rope):
-    """InputError if heads cannot share keys and values, or if RoPE cannot turn pairs of their dimensions."""
-    H, G, d = known["num_attention_heads"], known["num_key_value_heads"], known["head_dim"]
-    if H % G or d % 2 or not d:
-        raise InputError(f"{path}: {H} heads do not share {G} key/value heads evenly, or their width {d} is "
-                         "not even")
-    for key in ROPE if rope["rope_type"] == "llama3" else ["rope_theta"]:
-        get_field(rope, key, path, *ROPE[key])
-    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise InputError(f"{path}: low_freq_factor is not below high_freq_factor")
-
 
 def rope_frequencies(config, device=None):
     """How far RoPE turns each pair of dimensions from one position to the next: (d/2,), radians, fp32.
@@ -141,12 +85,12 @@ class RMSNorm(nn.Module):
 #
 #     prefix         rows                         x, with `real`                  the result, with `wanted`
 #
-#     p p p p p p    a a a a a   goes on from p   a a a a a b b c c c d d d d     a b c d
-#     q q q q q q    b b - - -   goes on from p   (N = 14, D)                     (the last token of each row)
-#                    c c c - -   goes on from q
-#                    d d d d -   goes on from q
+#     p p p p p p    a a a a a   continues p     a a a a a b b c c c d d d d     a b c d
+#     q q q q q q    b b - - -   continues p     (N = 14, D)                     (the last token of each row)
+#                    c c c - -   continues q
+#                    d d d d -   continues q
 #
-# prefix: keys and values of a photo are kept once, and rows that go on from it share them.
+# prefix: keys and values of a photo are kept once, and rows that continue it share them.
 # real: only attention needs rows of one length, (B, T). All other layers treat each token by itself; they get
 #     a list of the N tokens that are no padding. `real` is where in the rows these are: (rows, columns).
 # wanted: an index of the tokens, in x as it is given, whose hidden states the caller needs. For the rest, the
@@ -239,7 +183,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.checkpoint_activations = False  # keep block inputs alone, recompute the rest in the backward
+        self.checkpoint_activations = False  # keep only block inputs, recompute the rest in the backward
 
     def forward(self, x, positions=None, mask=None, cache=None, *, prefix=None, real=None, wanted=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D).
@@ -253,7 +197,7 @@ class Llama(nn.Module):
         The vocabulary's logits are lm_head(hidden), left to the caller: they are wanted at few positions, and
         each costs a product with the whole vocabulary.
 
-        The other arguments save work, see above Attention. prefix: (another cache, rows); row b goes on from
+        The other arguments save work, see above Attention. prefix: (another cache, rows); row b continues
         that cache's row rows[b]. real: x and the result are (N, D). wanted: the result is hidden[wanted].
         """
         x = x.to(self.norm.weight.dtype)  # embeddings that train are fp32
@@ -280,7 +224,7 @@ class Llama(nn.Module):
     @classmethod
     def load(cls, directory, dtype=torch.float32, device="cpu"):
         """Reads DIR/config.json and DIR/*.safetensors. InputError names the file and tensor at fault."""
-        config = LlamaConfig.from_json(Path(directory) / "config.json")
+        config = read_llama_config(Path(directory) / "config.json")
         with torch.device("meta"):
             model = cls(config)
         unused = ["rotary_emb.inv_freq"]  # in old files; it follows from the config
@@ -293,6 +237,63 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model
+
+
+# ------------------------------------------------------------------------------------------------ config.json
+
+# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
+FIELDS = dict(
+    vocab_size=(int,), hidden_size=(int,), intermediate_size=(int,), num_hidden_layers=(int, 1, 200),
+    num_attention_heads=(int, 1, 10000), num_key_value_heads=(int, 1, 10000), head_dim=(int, 1, 10000),
+    rms_norm_eps=(float, 0, 1), tie_word_embeddings=(bool,))
+ROPE = dict(
+    rope_theta=(float, 1, 10**12), factor=(float,), low_freq_factor=(float,), high_freq_factor=(float,),
+    original_max_position_embeddings=(int, 1, 10**9))
+
+
+def read_llama_config(path):
+    """A config.json of the hub -> LlamaConfig. InputError if the model is not Llama-shaped."""
+    raw = read_json(path, dict)
+    if raw.get("model_type") not in ("llama", "mistral") or raw.get("sliding_window"):
+        raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not a Llama-shaped model "
+                         "without sliding window")
+    rope = read_rope(raw, path)
+    known = {k: v for k, v in raw.items() if k in LlamaConfig.__dataclass_fields__ and v is not None}
+    needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    if rope["rope_type"] == "llama3":
+        needed |= LlamaConfig().rope.keys()
+    if missing := needed - known.keys() - rope.keys():
+        raise InputError(f"{path}: {min(missing)} is missing")
+    for key in known.keys() & FIELDS.keys():
+        get_field(known, key, path, *FIELDS[key])
+    known.setdefault("rms_norm_eps", 1e-6)  # what older files leave out is as in Transformers
+    known.setdefault("num_key_value_heads", raw["num_attention_heads"])
+    known.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+    check_heads_and_rope(path, known, rope)
+    return LlamaConfig(**{**known, "rope": rope})
+
+
+def read_rope(raw, path):
+    """What a config.json says of RoPE, in one dictionary. InputError if it is of a kind not known here."""
+    # newer files keep everything about RoPE in rope_parameters, older ones in rope_theta and rope_scaling
+    old, new = (check(raw.get(key) or {}, f"{path}: {key}", dict, 0)
+                for key in ("rope_scaling", "rope_parameters"))
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **old, **new}
+    if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
+        raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only default and llama3")
+    return rope
+
+
+def check_heads_and_rope(path, known, rope):
+    """InputError if heads cannot share keys and values, or if RoPE cannot turn pairs of their dimensions."""
+    H, G, d = known["num_attention_heads"], known["num_key_value_heads"], known["head_dim"]
+    if H % G or d % 2 or not d:
+        raise InputError(f"{path}: {H} heads do not share {G} key/value heads evenly, or their width {d} is "
+                         "not even")
+    for key in ROPE if rope["rope_type"] == "llama3" else ["rope_theta"]:
+        get_field(rope, key, path, *ROPE[key])
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise InputError(f"{path}: low_freq_factor is not below high_freq_factor")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ class Locator:
         pixels = crop.cut_from(*average_blocks(photo, 1, crop.side, self.size), self.size)  # (3, size, size)
         [predictions] = predict(self.model, self.chat, [crop], pixels[None], [category], decode=self.decode)
         square = (crop.x - crop.side / 2, crop.y - crop.side / 2, crop.side)
-        return {name: Found(*(p.point or (None, None)), p.confidence, p.x, p.y, square)
+        return {name: Found(*(p.point or (None, None)), p.confidence, p.x_distribution, p.y_distribution,
+                            square)
                 for (name, _), p in zip(category.keypoints, predictions)}
 
     def find_category(self, keypoints):

@@ -29,7 +29,7 @@ def read_log(path):
 
 
 class Log:
-    """Writes a run's log.jsonl from the step on where the run starts or goes on.
+    """Writes a run's log.jsonl from the step on where the run starts or resumes.
 
     Lines of later steps, which a run that was killed may have left, are dropped: these steps are done again.
     Without a folder, in all processes but the first, nothing is written.

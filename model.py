@@ -95,6 +95,7 @@ class CapeLLM(nn.Module):
         logits = self.llama.lm_head(hidden[before[wanted]]).float()  # (labels, vocabulary) (equation 5)
         losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
 
+        # which conversation, of all in the batch, each token belongs to
         owner = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)  # (B, T)
         if conversation is not None:
             owner = owner * (conversation.max() + 1) + conversation

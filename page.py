@@ -1,6 +1,6 @@
 """A page to try a trained model in the browser: python predict.py CKPT --serve.
 
-page.html holds all of it. This server, for the own computer alone, tells it what there is (/start) and finds
+page.html holds all of it. This server, for your own computer only, tells it what there is (/start) and finds
 keypoints (/locate); it keeps nothing. It can be asked without the page, too:
 
     curl --data-binary @photo.jpg "http://127.0.0.1:8000/locate?box=40,60,300,380&keypoints=nose:+the+tip"

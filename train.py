@@ -5,7 +5,7 @@
     python train.py --annotations train.json --images photos    your own data, see coco.py
     python train.py --split 1 --check                           looks whether all is there, and trains nothing
 
-The same command again goes on where it stopped, by Ctrl-C, SIGTERM or a crash.
+The same command again resumes where it stopped, by Ctrl-C, SIGTERM or a crash.
 
 An optimizer step takes --batch conversations, cut into micro-batches that the processes share out and
 accumulate. Everything random is drawn from (seed, epoch, example) or from (seed, number of the micro-batch),
@@ -64,7 +64,7 @@ def read_data(args):
 
 
 def refuse_other_data(checkpoint, instances, descriptions, args, argv):
-    """Notes in args what data these are. InputError if a run would silently go on with others.
+    """Notes in args what data these are. InputError if a run would silently continue with others.
 
     With --resume on the command line it may. The run of a checkpoint without such a note may, too.
     """
@@ -288,7 +288,7 @@ def main(argv):
     checkpoint = read_checkpoint(args.resume) if args.resume else None
     path = Path(args.out, "ckpt.pt")
     if path.exists() and not (args.fresh or checkpoint and path.samefile(args.resume)):
-        raise InputError(f"{path} exists: go on from it with --resume {path}, or choose another --out")
+        raise InputError(f"{path} exists: resume from it with --resume {path}, or choose another --out")
     if args.batch % (args.micro_batch * process.world):
         raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} "
                          f"x {process.world} processes")
@@ -324,7 +324,7 @@ def train(args, process, chat, data, checkpoint, steps):
         f"x {args.batch // (args.micro_batch * process.world)} accumulated, on {process.device}")
     describe_parameters(model)
     if steps.start:
-        say(f"goes on from step {steps.start}: {args.resume}")
+        say(f"resumes from step {steps.start}: {args.resume}")
 
     batches = load_batches(instances, categories, chat, args, steps, process)
     training = Training(args, process, model, optimizer, descriptions, validation, log)
@@ -332,7 +332,7 @@ def train(args, process, chat, data, checkpoint, steps):
     path = folder / "ckpt.pt"
     if signal_number:
         is_same = not args.fresh and args.resume in (None, str(path))
-        say(f"stopped after step {done} of {steps.stop}; to go on: "
+        say(f"stopped after step {done} of {steps.stop}; to resume: "
             f"{'the same command again' if is_same else f'--resume {path}'}")
         if process.world > 1:
             dist.barrier()  # until the first process has saved: torchrun ends all where one has ended
@@ -344,7 +344,7 @@ def train(args, process, chat, data, checkpoint, steps):
 
 
 def agree_on_step(step, world, device):
-    """InputError if the processes, on several machines, do not all go on from the same step."""
+    """InputError if the processes, on several machines, do not all resume from the same step."""
     if world > 1:
         moments = torch.tensor([step, step ** 2], dtype=torch.float64, device=device)
         dist.all_reduce(moments)

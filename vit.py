@@ -36,30 +36,6 @@ class ViTConfig:
     use_swiglu_ffn: bool = False
     num_register_tokens: int = 0
 
-    @classmethod
-    def from_json(cls, path):
-        raw = read_json(path, dict)
-        if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
-            raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 "
-                             "or dinov2_with_registers")
-        for key in raw.keys() & FIELDS.keys() | {"num_attention_heads"}:  # no shape tells this one
-            get_field(raw, key, path, *FIELDS[key])
-        config = cls(**{k: v for k, v in raw.items() if k in FIELDS})
-        if config.hidden_size % config.num_attention_heads:
-            raise InputError(f"{path}: hidden_size {config.hidden_size} is not a multiple of "
-                             f"num_attention_heads {config.num_attention_heads}")
-        if config.patch_size > config.image_size:
-            raise InputError(f"{path}: patch_size {config.patch_size} is above image_size "
-                             f"{config.image_size}")
-        return config
-
-
-# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
-FIELDS = dict(
-    hidden_size=(int,), num_hidden_layers=(int, 1, 200), num_attention_heads=(int, 1, 10000),
-    mlp_ratio=(float, 1, 1000), layer_norm_eps=(float, 0, 1), image_size=(int, 1, 10000),
-    patch_size=(int, 1, 10000), use_swiglu_ffn=(bool,), num_register_tokens=(int, 0, 1000))
-
 
 class Attention(nn.Module):
     def __init__(self, c):
@@ -178,7 +154,7 @@ class ViT(nn.Module):
     @classmethod
     def load(cls, directory, image_size=224, dtype=torch.float32, device="cpu"):
         """Reads DIR/config.json and DIR/model.safetensors. InputError names the file and tensor at fault."""
-        config = ViTConfig.from_json(Path(directory) / "config.json")
+        config = read_vit_config(Path(directory) / "config.json")
         if image_size % config.patch_size:
             raise InputError(f"image size {image_size} is not a multiple of the patch size "
                              f"{config.patch_size} of {directory}")
@@ -187,6 +163,32 @@ class ViT(nn.Module):
         load_weights(model, directory, rename, dtype, device)
         model.resize_positions(image_size)
         return model
+
+
+# -------------------------------------------------------------------------------------------- the hub's files
+
+# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
+FIELDS = dict(
+    hidden_size=(int,), num_hidden_layers=(int, 1, 200), num_attention_heads=(int, 1, 10000),
+    mlp_ratio=(float, 1, 1000), layer_norm_eps=(float, 0, 1), image_size=(int, 1, 10000),
+    patch_size=(int, 1, 10000), use_swiglu_ffn=(bool,), num_register_tokens=(int, 0, 1000))
+
+
+def read_vit_config(path):
+    """A config.json of the hub -> ViTConfig. InputError if it is of another network."""
+    raw = read_json(path, dict)
+    if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
+        raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 or "
+                         "dinov2_with_registers")
+    for key in raw.keys() & FIELDS.keys() | {"num_attention_heads"}:  # no shape tells this one
+        get_field(raw, key, path, *FIELDS[key])
+    config = ViTConfig(**{k: v for k, v in raw.items() if k in FIELDS})
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(f"{path}: hidden_size {config.hidden_size} is not a multiple of "
+                         f"num_attention_heads {config.num_attention_heads}")
+    if config.patch_size > config.image_size:
+        raise InputError(f"{path}: patch_size {config.patch_size} is above image_size {config.image_size}")
+    return config
 
 
 # The hub's names -> the original release's, replaced one after another in this order.

@@ -76,7 +76,7 @@ def kill_once(folder, name, launcher, seconds, straight):
     lines = (folder / name / "log.jsonl").read_text().splitlines()
     same = code == 0 and len(lines) == straight["step"] and end.keys() == straight.keys()
     same = same and all(torch.equal(end[key], straight[key]) for key in straight)
-    said = [line for line in (folder / f"{name}.txt").read_text().splitlines() if line.startswith("goes on")]
+    said = [line for line in (folder / f"{name}.txt").read_text().splitlines() if line.startswith("resumes")]
     print(name, f"killed after step {step}:", "the same" if same else "NOT the same", said[-1:], left or "",
           flush=True)
     return same

@@ -116,8 +116,8 @@ def test_memory_and_checkpoints_on_paper_are_those_of_reproduce(tmp_path, monkey
     args = train.parse_arguments(
         ["--vit", f"{tmp_path}/vit", "--llm", f"{tmp_path}/llm", "--out", f"{tmp_path}"])
     monkeypatch.setattr(check, "read_json", lambda *_: {})
-    monkeypatch.setattr(check.ViTConfig, "from_json", lambda _: ViTConfig())
-    monkeypatch.setattr(check.LlamaConfig, "from_json", lambda _: LlamaConfig())
+    monkeypatch.setattr(check, "read_vit_config", lambda _: ViTConfig())
+    monkeypatch.setattr(check, "read_llama_config", lambda _: LlamaConfig())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = type("Card", (), {"total_memory": 16e9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)

@@ -1,4 +1,4 @@
-"""checkpoint.py, log.py and common.Stop: a run goes on where it was stopped, and is alone in its folder."""
+"""checkpoint.py, log.py and common.Stop: a run resumes where it was stopped, and is alone in its folder."""
 
 import json
 import multiprocessing
@@ -81,11 +81,11 @@ def test_a_signal_finishes_the_step_and_the_same_command_goes_on(
     assert code is None or stop.value.code == code
     assert signal.getsignal(number) is before
     assert read_checkpoint(tmp_path / "run")["step"] == 3
-    assert "stopped after step 3 of 8; to go on: the same command again" in capsys.readouterr().out
+    assert "stopped after step 3 of 8; to resume: the same command again" in capsys.readouterr().out
 
     train.main(arguments("--save-every", 100))
     path = tmp_path / "run/ckpt.pt"
-    assert f"goes on from step 3: {path}\n" in capsys.readouterr().out
+    assert f"resumes from step 3: {path}\n" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", tmp_path / "straight")
     assert steps_in_log(tmp_path / "run") == [*range(1, 9)]
 
@@ -202,7 +202,7 @@ def test_fresh_starts_anew_but_not_when_torchrun_restarts_it(arguments, tmp_path
     train.main(arguments("--epochs", 1, "--seed", 1, "--fresh"))
     assert read_checkpoint(tmp_path / "run")["args"]["seed"] == 1
     assert steps_in_log(tmp_path / "run") == [1, 2, 3, 4]
-    assert "goes on" not in capsys.readouterr().out
+    assert "resumes" not in capsys.readouterr().out
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main(arguments("--epochs", 1, "--seed", 1, "--fresh"))
     assert "finished already" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from decode import (
     mass_near,
     number_distribution,
     read_coordinates,
-    read_photos,
+    start_conversations,
 )
 from llama import Llama, LlamaConfig
 from model import CapeLLM
@@ -143,7 +143,7 @@ def test_locate_gives_the_tokens_of_plain_greedy_decoding(folder, n, counts):
         assert [len(predictions) for predictions in found] == counts
         assert [p.answer for p in flat(found)] == expected
         check_what_is_known(flat(found), chat)
-        assert not learned or any(p.x is not None for p in flat(found))
+        assert not learned or any(p.x_distribution is not None for p in flat(found))
 
 
 def check_what_is_known(predictions, chat):
@@ -151,8 +151,8 @@ def check_what_is_known(predictions, chat):
     for p in predictions:
         if chat.keeps_format(p.answer):
             assert p.point == (0.25, 0.75) and 0 < p.confidence <= 1
-            assert p.x.shape == p.y.shape == (1000,)
-            assert p.x.sum() == pytest.approx(1) and p.y.sum() == pytest.approx(1)
+            assert p.x_distribution.shape == p.y_distribution.shape == (1000,)
+            assert p.x_distribution.sum() == pytest.approx(1) and p.y_distribution.sum() == pytest.approx(1)
         else:
             assert p == Prediction(None, None, p.answer, None, None)
 
@@ -170,7 +170,7 @@ def test_answers_in_the_format_take_one_pass_a_digit_and_few_logits(folder, n, p
     if constrained:
         locate(model, images, questions, chat, constrained=True)
     else:
-        conversations = read_photos(model, images, chat)
+        conversations = start_conversations(model, images, chat)
         conversations.select([0, 0, 0, 0, 1, 1, 1])
         answer_in_format(conversations, flat(questions), chat.coordinates)
     assert len(read) == passes  # the photos, then one a digit of x and y
@@ -187,8 +187,8 @@ def test_constrained_or_not_an_answer_in_the_format_has_the_same_distributions(f
     chat.learn(one_by_one(model, images, questions, chat)[0])
     free, forced = (locate(model, images, questions, chat, constrained=c)[0][0] for c in (False, True))
     assert free.answer == forced.answer
-    np.testing.assert_allclose(free.x, forced.x, atol=1e-6)
-    np.testing.assert_allclose(free.y, forced.y, atol=1e-6)
+    np.testing.assert_allclose(free.x_distribution, forced.x_distribution, atol=1e-6)
+    np.testing.assert_allclose(free.y_distribution, forced.y_distribution, atol=1e-6)
 
 
 @torch.no_grad()
@@ -217,7 +217,7 @@ def test_where_no_format_is_known_there_is_nothing_to_constrain(folder):
 def test_distributions_are_those_over_the_digits(folder, n):
     model, images, [[question]] = untrained(folder, [1])
     chat = TinyChat(n)
-    conversations = read_photos(model, images, chat)
+    conversations = start_conversations(model, images, chat)
     [(said, distributions)] = answer_questions(conversations, [question], chat.coordinates, constrained=True)
 
     known, chosen = chat.split(said)
@@ -235,8 +235,9 @@ def test_distributions_are_those_over_the_digits(folder, n):
 
     [[p]] = locate(model, images, [[question]], chat, constrained=True)
     assert p.answer == said
-    np.testing.assert_allclose(p.x, number_distribution([d.numpy() for d in by_hand[:n]]), atol=1e-6)
-    np.testing.assert_allclose(p.y, number_distribution([d.numpy() for d in by_hand[n:]]), atol=1e-6)
+    x, y = (number_distribution([d.numpy() for d in half]) for half in (by_hand[:n], by_hand[n:]))
+    np.testing.assert_allclose(p.x_distribution, x, atol=1e-6)
+    np.testing.assert_allclose(p.y_distribution, y, atol=1e-6)
 
 
 @torch.no_grad()
@@ -245,7 +246,7 @@ def test_locate_reads_coordinates_in_the_way_asked_for(folder):
     chat = TinyChat(1)
     for decode in "median", "mean":
         for p in locate(model, images, questions, chat, decode, constrained=True)[0]:
-            for coordinate, distribution in zip(p.point, (p.x, p.y)):
+            for coordinate, distribution in zip(p.point, (p.x_distribution, p.y_distribution)):
                 if decode == "median":
                     v = round(1000 * coordinate)
                     assert distribution[:v].sum() < 0.5 <= distribution[:v + 1].sum()
@@ -305,7 +306,7 @@ def test_cumulative_questions_follow_the_models_own_answers(folder, n):
         assert [[p.answer for p in predictions] for predictions in found] == expected
         check_what_is_known(flat(found), chat)
         for predictions in found:
-            kept = [p.x is not None for p in predictions]
+            kept = [p.x_distribution is not None for p in predictions]
             came_back |= (False, True) in zip(kept, kept[1:])
     assert came_back  # a conversation that had left the format
 
@@ -367,7 +368,7 @@ def test_a_row_that_leaves_the_format_forgets_what_it_read(folder):
     chat = TinyChat(3)
     expected = one_by_one(model, images, questions, chat)
     chat.learn(expected[2])
-    fast, plain = (read_photos(model, images, chat) for _ in range(2))
+    fast, plain = (start_conversations(model, images, chat) for _ in range(2))
     for conversations in fast, plain:
         conversations.select([0] * 5)
     said = answer_questions(fast, questions[0], chat.coordinates)
@@ -575,8 +576,8 @@ def test_a_point_in_doubt_between_0_199_and_0_201(chat):
     assert mean.confidence == pytest.approx(1 * 0.8)
     for p in greedy, median, mean:
         assert p.answer == said
-        np.testing.assert_allclose(p.x, number_distribution(x))
-        np.testing.assert_allclose(p.y, number_distribution(y))
+        np.testing.assert_allclose(p.x_distribution, number_distribution(x))
+        np.testing.assert_allclose(p.y_distribution, number_distribution(y))
 
 
 @pytest.mark.parametrize("chat", ["tiny"], indirect=True)

@@ -450,6 +450,9 @@ def test_split_and_subset_are_those_of_the_checkpoint_unless_said(evaluated, che
     test_report = (tmp_path / "report.json").read_bytes()
     evaluate.main(command_line(*argv, "--split", 1, "--subset", "train"))
     assert read_results(tmp_path / "train")[0]["subset"] == "train"
+    shutil.copy(tmp_path / "ckpt.pt", tmp_path / "best.pt")
+    evaluate.main(command_line(tmp_path / "best.pt", *argv[1:], "--constrained"))
+    assert read_results(tmp_path / "best")[0]["subset"] == "test"
     assert (tmp_path / "report.json").read_bytes() == test_report
 
 
@@ -464,7 +467,8 @@ def test_distributions_are_not_kept(evaluated, monkeypatch):
     monkeypatch.setattr(evaluate, "ask_checkpoint", spy)
     evaluated("--constrained")
     assert len(kept) == 24
-    assert all(p.point and p.confidence is not None and p.x is p.y is None for p in kept)
+    assert all(p.point and p.confidence is not None for p in kept)
+    assert all(p.x_distribution is p.y_distribution is None for p in kept)
 
 
 def test_a_checkpoint_or_predictions_are_wanted_but_not_both(checkpoint):
@@ -513,7 +517,7 @@ def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch
     [partial] = (tmp_path / "out").glob("partial-*.jsonl")
     partial.write_text(partial.read_text() + '\n3\n{"instance": ')  # the last is cut off
     evaluated(*options)
-    assert asked == [1, 1, 1, 1, 1, 1, 1] and "goes on with 2 of 6 objects" in capsys.readouterr().out
+    assert asked == [1, 1, 1, 1, 1, 1, 1] and "resumes with 2 of 6 objects" in capsys.readouterr().out
     assert contents_of(tmp_path / "out") == expected
     assert not list((tmp_path / "out").glob("partial-*.jsonl"))
 
@@ -524,7 +528,7 @@ def test_an_evaluation_that_was_stopped_goes_on(evaluated, tmp_path, monkeypatch
     assert asked == [1, 1, 1, *6 * [1]]
     capsys.readouterr()
     evaluated(*options)
-    assert "goes on with 2 of 6 objects" in capsys.readouterr().out
+    assert "resumes with 2 of 6 objects" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("partial-*.jsonl"))
 
 

@@ -8,7 +8,7 @@ import torch
 from checkpoints import edit_config, edit_weights
 
 from common import InputError
-from hiera import Hiera, HieraConfig, order_by_unit, rename
+from hiera import Hiera, HieraConfig, order_by_unit, read_hiera_config, rename
 from llama import Llama, LlamaConfig
 from lora import add_lora, trainable_state
 from model import CapeLLM
@@ -126,7 +126,7 @@ def test_what_config_json_leaves_out_is_as_published(tmp_path):
 def test_the_defaults_are_hiera_large(tmp_path):
     large = transformers.HieraConfig(embed_dim=144, depths=[2, 6, 36, 4], num_heads=[2, 4, 8, 16])
     large.save_pretrained(tmp_path)
-    read = vars(HieraConfig.from_json(tmp_path / "config.json"))
+    read = vars(read_hiera_config(tmp_path / "config.json"))
     read = {k: tuple(v) if isinstance(v, list) else v for k, v in read.items()}
     assert HieraConfig(**read) == HieraConfig()
 

@@ -193,7 +193,7 @@ def test_locate_gives_the_tokens_of_plain_greedy_decoding(chat):
     assert [p.answer for p in predictions()] == expected
     assert [p.point for p in predictions()] == points
     kept_the_format = [bool(chat.kind.digits) and point is not None for point in points]
-    assert [p.x is not None for p in predictions()] == kept_the_format
+    assert [p.x_distribution is not None for p in predictions()] == kept_the_format
     assert [p.confidence is not None for p in predictions()] == kept_the_format
 
     passes = []

@@ -257,6 +257,7 @@ def test_validation_changes_nothing_and_says_the_same_in_two_processes(arguments
     assert said[0].count("PCK@0.2") == 3 and "PCK" not in said[1]
     assert scores_of(tmp_path / "two") == scores
     assert "locates nothing" in refused(train, arguments("--pretrain", "direct", "--validate", 3))
+    assert "goes with --check" in refused(train, arguments("--missing-list", "missing.txt"))
 
 
 def scores_of(folder):

@@ -143,7 +143,7 @@ def draw_distribution(model, chat, side=480, margin=110):
     """Where a model in doubt may look: the distributions of x and of y, and their product over the photo."""
     text = "the middle of the green square"
     [found] = ask(model, chat, CROP, [("first mark", text)])
-    bins = [p.reshape(50, 20).sum(1) for p in (found.x, found.y)]
+    bins = [p.reshape(50, 20).sum(1) for p in (found.x_distribution, found.y_distribution)]
     heat = np.outer(bins[1], bins[0])
     heat = Image.fromarray((255 * (heat / heat.max()) ** 0.5).astype(np.uint8)).resize((side, side))
     sheet = Image.new("RGB", (side + margin, side + margin + 40), PAPER)

@@ -39,7 +39,7 @@ def call(folder, program, *args):
 
 
 def train(folder, flags):
-    """-> the checkpoint of a finished training, which goes on where it was stopped."""
+    """-> the checkpoint of a finished training, which resumes where it was stopped."""
     checkpoint = folder / "ckpt.pt"
     folder.mkdir(parents=True, exist_ok=True)
     start = ["--resume", checkpoint] if checkpoint.exists() else [*flags, "--out", folder]
