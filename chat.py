@@ -35,9 +35,9 @@ class Scene:
     """What a conversation is about."""
 
     category: Category
-    asked: list  # of ((name, description), point); a point is (x, y) in fractions of the crop, None in a test
+    asked: list  # of ((name, description), point); the point, (x, y) in fractions of the crop, is None in tests
     hidden: list = ()  # names of the category's keypoints that are not visible in the crop
-    rng: np.random.Generator = None  # for the random choices of training; a test makes none
+    rng: np.random.Generator = None  # for the random choices of training; at test time there are none
 
 
 # ---------------------------------------------------------------------------------------------- instructions
@@ -185,7 +185,7 @@ class Chat:
         self.adds_space = self.tokenizer.id_to_token(self.encode("a")[0]).startswith("\u2581")
         self.newline = self.encode("\n")
         self.instruction = instruction
-        self.opening = self.encode(WHAT) if instruction is ask_step_by_step else []  # asked first in a test
+        self.opening = self.encode(WHAT) if instruction is ask_step_by_step else []  # asked first of all
         self.keypoint = vocab_size if answers == "token" else None  # the first id the LLM lacks
         self.words = AnswerFormat([], [], [self.eos], max_tokens=16)
         self.coordinates = self.find_coordinate_format()

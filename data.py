@@ -198,9 +198,9 @@ class TrainingSet(torch.utils.data.Dataset):
         category, points = self.categories[instance.category_id], crop.from_photo(instance.keypoints)
         shown = instance.visible & inside(points)
         hidden = [name for (name, _), is_shown in zip(category.keypoints, shown) if not is_shown]
-        tokens = [self.chat.bos, *self.chat.newline]
-        item = {"image": crop.cut(Path(self.images, instance.photo), self.size), "tokens": tokens,
-                "labels": [IGNORE] * len(tokens), "conversation": [0] * len(tokens), "points": []}
+        start = [self.chat.bos, *self.chat.newline]
+        item = {"image": crop.cut(Path(self.images, instance.photo), self.size), "tokens": start,
+                "labels": [IGNORE] * len(start), "conversation": [0] * len(start), "points": []}
         for number, group in enumerate(example.groups, 1):
             asked = [(category.keypoints[k], tuple(points[k])) for k in group]
             tokens, labels, keypoints = self.chat.conversation(Scene(category, asked, hidden, rng))
