@@ -32,10 +32,10 @@ class Category:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a conversation is about."""
+    """What a conversation is about. Points are (x, y) in fractions of the crop, None if unknown."""
 
     category: Category
-    asked: list  # of ((name, description), point); the point, (x, y) in fractions of the crop, is None in tests
+    asked: list  # of ((name, description), point)
     hidden: list = ()  # names of the category's keypoints that are not visible in the crop
     rng: np.random.Generator = None  # for the random choices of training; at test time there are none
 
