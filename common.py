@@ -69,6 +69,11 @@ def run(main):
         end_with(line)
     if dist.is_initialized():
         dist.destroy_process_group()
+        # DistributedDataParallel leaves threads of the group behind. On a busy machine one may still be at
+        # work. Python would abort the process when it ends, and torchrun would call the run failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def raise_input_error(parser, message):

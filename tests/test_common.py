@@ -72,6 +72,14 @@ def start(monkeypatch, main):
     run(main)
 
 
+class Exit(BaseException):
+    """Stands for the end of the process."""
+
+
+def raise_exit(code):
+    raise Exit(code)
+
+
 def raising(error):
     def main(argv):
         raise error
@@ -84,8 +92,13 @@ def test_a_program_gets_its_arguments_and_ends_its_process_group(monkeypatch, ca
     assert seen == [["a", "b"]]
     monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(common.dist, "destroy_process_group", lambda: seen.append("destroyed"))
-    start(monkeypatch, seen.append)
+    monkeypatch.setattr(os, "_exit", raise_exit)
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed))
+    with pytest.raises(Exit) as exit_code:
+        start(monkeypatch, lambda argv: print("done") or seen.append(argv))
     assert seen[1:] == [["a", "b"], "destroyed"]
+    assert exit_code.value.args == (0,) and printed.getvalue() == b"done\n"
     assert capsys.readouterr() == ("", "")
 
 
@@ -100,21 +113,14 @@ def test_what_the_user_can_mend_is_one_line_and_defects_crash(monkeypatch, capsy
         start(monkeypatch, raising(ZeroDivisionError()))
 
 
-class Exit(BaseException):
-    """Stands for the end of the process."""
-
-
 def test_one_of_several_processes_ends_at_once_and_what_it_printed_is_kept(monkeypatch, capsys):
     """sys.exit() would wait for the others, which wait for this one."""
-    def end(code):
-        raise Exit(code)
-
     def main(argv):
         print("step 5")
         raise InputError("a.json: no such file")
     printed = io.BytesIO()
     monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", raise_exit)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed))
     with pytest.raises(Exit) as exit_code:
         start(monkeypatch, main)
