@@ -53,6 +53,7 @@ def run(main):
         argparse.ArgumentParser.error = raise_input_error
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()  # here, where a broken pipe is caught
     except InputError as e:
         end_with(str(e))
     except KeyboardInterrupt:
@@ -71,8 +72,6 @@ def run(main):
         dist.destroy_process_group()
         # DistributedDataParallel leaves threads of the group behind. On a busy machine one may still be at
         # work. Python would abort the process when it ends, and torchrun would call the run failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0)
 
 
