@@ -102,6 +102,16 @@ def test_a_program_gets_its_arguments_and_ends_its_process_group(monkeypatch, ca
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_reader_that_has_ended_is_no_defect(monkeypatch, capsys):
+    """As in "| head": what is still to be printed at the end finds nobody."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    with pytest.raises(SystemExit) as end:
+        start(monkeypatch, lambda argv: print("done"))
+    assert end.value.code == 141 and capsys.readouterr() == ("", "")
+
+
 def test_what_the_user_can_mend_is_one_line_and_defects_crash(monkeypatch, capsys):
     for error, code, said in [(InputError("a.json: no such file"), 2, "error: a.json: no such file\n"),
                               (KeyboardInterrupt(), 130, "stopped\n")]:
