@@ -10,8 +10,8 @@ layouts and its single annotations. The subject of a claim is always the keypoin
 
 N, A and B are exact names of other keypoints, with or without "the". The wearer may be an animal or another
 subject. "Above and to the wearer's left of N" makes two claims, and so does "above N and M". Any other
-relation, such as "beside N" or "joined to N", makes none. Above and below are the viewer's, left and right the
-subject's, which from the front are the other way round. So every left and right says whose it is.
+relation, such as "beside N" or "joined to N", makes none. Above and below are the viewer's. Left and right
+are the subject's, which from the front are the other way round. So every left and right says whose it is.
 """
 
 import gzip
