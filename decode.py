@@ -50,7 +50,7 @@ class Prediction:
 
 
 def read(llama, cache, blocks, n=1):
-    """Each row of the cache reads its block, a list of tokens -> hidden states of the last n of it, (R, n, D)."""
+    """Each row reads its block, a list of tokens -> hidden states of the last n of them (R, n, D)."""
     lengths, device = torch.tensor([len(block) for block in blocks]), llama.norm.weight.device
     T = lengths.max()
     tokens = torch.tensor([block + [0] * (T - len(block)) for block in blocks]).to(device)
@@ -118,7 +118,8 @@ def answer(llama, photos, photo_of, questions, answer_format, constrained=False)
     found = [(None, None)] * len(questions)
     others = range(len(questions))
     if answer_format.known:
-        answers, agrees, distributions = answer_in_format(llama, ask(others), questions, answer_format, constrained)
+        answers, agrees, distributions = answer_in_format(
+            llama, ask(others), questions, answer_format, constrained)
         found = list(zip(answers, distributions))
         others = [r for r in others if not agrees[r]]
     if others:
