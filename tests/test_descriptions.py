@@ -275,7 +275,7 @@ def test_questions_are_short(shared, tmp_path):
     lengths = {}
     for set_name, keypoints in SETS.items():
         category = Category(set_name, [(k["name"], k["description"]) for k in keypoints])
-        for name, question in zip(names_of(keypoints), chat.questions(category), strict=True):
+        for name, question in zip(names_of(keypoints), chat.encode_questions(category), strict=True):
             lengths[set_name, name] = len(question)
     longest = max(lengths, key=lengths.get)
     print(f"question tokens: mean {np.mean([*lengths.values()]):.1f}, max {lengths[longest]} {longest}")
