@@ -93,10 +93,10 @@ PHOTO_OF = torch.tensor([1, 0, 1])  # three conversations about two photos
 
 @pytest.fixture
 def conversations(authors):
-    """Tokens and labels of three conversations of different lengths, with 3, 8 and 7 labels."""
+    """Tokens and labels of three conversations of different lengths, with 4, 9 and 7 labels."""
     _, expected = authors
     tokens, labels = expected["tokens"][0], expected["labels"][0]
-    parts = [0, 1, *range(10, 18)], [*range(30)], [0, 1, *range(30, 41)]
+    parts = [0, 1, *range(14, 25)], [*range(30)], [0, 1, *range(30, 41)]
     rows = [(F.pad(tokens[part], (0, 30 - len(part))), F.pad(labels[part], (0, 30 - len(part)), value=IGNORE))
             for part in parts]
     return tuple(map(torch.stack, zip(*rows)))
