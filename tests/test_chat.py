@@ -183,7 +183,8 @@ TOKENIZERS = {
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_a_tokenizer_that_does_not_fit_is_named(tmp_path, case):
     spoil, says = TOKENIZERS[case]
-    tokenizer, config = (read_json(ROOT / "assets/toy/llm" / f"{name}.json") for name in ("tokenizer", "config"))
+    toy = ROOT / "assets/toy/llm"
+    tokenizer, config = read_json(toy / "tokenizer.json"), read_json(toy / "config.json")
     spoil(tokenizer, config)
     write_json(tmp_path / "tokenizer.json", tokenizer)
     write_json(tmp_path / "config.json", config)
