@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -42,6 +43,18 @@ class InputError(Exception):
 def printable(text):
     """Somebody else's words as they may be printed: on one line, and without power over the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextmanager
+def reading(path):
+    """Whatever goes wrong inside is one line about the file. What is wrong with somebody's file has no end."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        first = str(e).strip().partition("\n")[0]
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}: {first})") from e
 
 
 # -------------------------------------------------------------------------------------------------- programs
