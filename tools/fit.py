@@ -71,7 +71,7 @@ def find_photo(name, folders):
 
 
 def check_sizes(labels, photos, notes):
-    """Holds the file's sizes against the photos', and so finds out which are labelled upright -> those that fit.
+    """Holds the file's sizes against the photos'; finds out which are labelled upright -> those that fit.
 
     Most tools show a photo turned as its EXIF orientation asks, and write its upright size. Where sizes prove
     nothing, as for a photo upside down, it is as with the other photos of the file.

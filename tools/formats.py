@@ -19,7 +19,8 @@ from urllib.parse import unquote
 
 from common import InputError, read_json, reading
 
-MAX_PIXELS = 10**6  # no point is farther away
+MAX_PIXELS = 10**5  # no point is farther away
+MAX_FRACTION = 10  # nor as a fraction of its photo
 FRACTIONS = (1, 1)  # as a photo's size: points are fractions of its width and height
 # A key that only such a file has, and what it is then.
 OTHERS = {"joints": "MPII's own format", "score": "results of a network", "regions": "VIA's own format",
@@ -112,12 +113,18 @@ def count_names(n):
     return [f"point {k}" for k in range(1, n + 1)]
 
 
-def read_point(x, y, v=2):
+def read_point(x, y, v=2, most=MAX_PIXELS):
     """-> (x, y, v); None where nothing is labelled, which tools write as v = 0, NaN, null, "", or 0, 0."""
     x, y, v = (math.nan if number in (None, "") else float(number) for number in (x, y, v))
-    if not (abs(x) < MAX_PIXELS and abs(y) < MAX_PIXELS and v > 0) or x == y == 0:
+    if not (abs(x) < most and abs(y) < most and v > 0) or x == y == 0:
         return None
     return x, y, 2 if v > 1 else 1
+
+
+def read_box(x, y, w, h, most=MAX_PIXELS):
+    """-> the same; None if it is none: COCO Annotator writes zeros."""
+    is_box = all(abs(number) < most for number in (x, y, w, h)) and w > 0 and h > 0
+    return (x, y, w, h) if is_box else None
 
 
 def read_size(width, height):
@@ -152,7 +159,10 @@ def read_coco(path, raw, notes):
         elif annotation.get("iscrowd"):
             notes.add("annotations of a crowd, left out", where)
         elif points := category and read_points(path, annotation, category[1], notes):
-            photo.objects.append(Object(category[0], points, read_box(path, annotation)))
+            box = [math.nan if number is None else float(number) for number in annotation.get("bbox") or []]
+            if len(box) not in (0, 4):
+                raise InputError(f"{path}: annotation {annotation.get('id')}: bbox is not x, y, width, height")
+            photo.objects.append(Object(category[0], points, read_box(*box) if box else None))
         else:
             notes.add("objects without labelled keypoints, left out", where)
     categories = {name: (names, skeleton) for name, names, skeleton in categories.values()}
@@ -229,14 +239,6 @@ def read_points(path, annotation, names, notes):
     return {name: point for name, point in points.items() if point}
 
 
-def read_box(path, annotation):
-    """-> x, y, width, height; None if there is none: COCO Annotator writes zeros."""
-    box = [math.nan if number is None else float(number) for number in annotation.get("bbox") or []]
-    if len(box) not in (0, 4):
-        raise InputError(f"{path}: annotation {annotation.get('id')}: bbox is not x, y, width, height")
-    return tuple(box) if box and min(box[2:]) > 0 and max(map(abs, box)) < MAX_PIXELS else None
-
-
 # --------------------------------------------------------------------------------------------------- labelme
 
 
@@ -248,16 +250,16 @@ def read_labelme(path, raw, category, notes):
     for number, shapes in groups.items():
         points = [shape for shape in shapes if shape.get("shape_type") == "point"]
         outlines = [shape for shape in shapes if shape.get("shape_type") in ("rectangle", "polygon")]
-        names, where = [shape["label"] for shape in points], f"group {number} of {path.name}"
+        names, where = [str(shape["label"]) for shape in points], f"group {number} of {path.name}"
         if len(set(map(plain, names))) < len(names):
             notes.add("groups with two points of one name, left out (each object needs a group_id)", where)
             continue
         box = None
         if len(outlines) == 1:
             xs, ys = zip(*((float(x), float(y)) for x, y in outlines[0]["points"]))
-            box = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-        kind = outlines[0]["label"] if outlines else category
-        places = {shape["label"]: read_point(*shape["points"][0]) for shape in points}
+            box = read_box(min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+        kind = str(outlines[0]["label"]) if outlines else category
+        places = {name: read_point(*shape["points"][0]) for name, shape in zip(names, points)}
         if places := {name: place for name, place in places.items() if place}:
             objects.append(Object(kind, places, box))
         else:
@@ -358,7 +360,8 @@ def read_yolo(path, images, notes):
         name = file.relative_to(images)
         if file.suffix != ".txt" and (text := texts.pop(name.with_suffix(""), None)):
             with reading(text):
-                photos.append(Photo(path, name.as_posix(), FRACTIONS, read_lines(text, categories, K, D, notes)))
+                objects = read_lines(text, categories, K, D, notes)
+            photos.append(Photo(path, name.as_posix(), FRACTIONS, objects))
     for text in texts.values():
         notes.add("label files without a photo, left out", text.name)
     return Labels(path, photos, categories)
@@ -375,9 +378,10 @@ def read_lines(path, categories, K, D, notes):
         if numbers:
             kind, x, y, w, h, *rest = numbers
             category, (names, _) = kinds[kind]
-            points = {name: read_point(*rest[k * D:k * D + D]) for k, name in enumerate(names)}
+            points = {name: read_point(*rest[k * D:k * D + D], most=MAX_FRACTION)
+                      for k, name in enumerate(names)}
             if points := {name: point for name, point in points.items() if point}:
-                box = (x - w / 2, y - h / 2, w, h) if w > 0 and h > 0 else None
+                box = read_box(x - w / 2, y - h / 2, w, h, most=MAX_FRACTION)
                 objects.append(Object(category, points, box))
             else:
                 notes.add("objects without labelled keypoints, left out", f"one in {path.name}")

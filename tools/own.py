@@ -90,13 +90,13 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="COCO keypoints or labelme .json, DeepLabCut "
         ".csv, YOLO data.yaml; or a folder that holds train/, valid/ and test/ with photos and annotations")
-    add("--images", type=Path, metavar="DIR", help="the photos (default: they are looked for beside the files)")
+    add("--images", type=Path, metavar="DIR", help="the photos (default: looked for beside the files)")
     add("--descriptions", type=Path, metavar="JSON", help="where each keypoint is, in words")
     add("--subset", choices=[*SUBSETS], default="train", help="what the files are for (default: train)")
     add("--category", metavar="NAME", help="what the objects are where a file, as DeepLabCut's, does not "
         'say it (default: the only one of --descriptions, or "object")')
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to make, or to add a subset to")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def report(out, subsets, kinds, notes, n_named):
@@ -134,7 +134,7 @@ def find_files(args):
 
 
 def find_in_folder(folder, args):
-    """-> [(subset, annotation file), ...]: YOLO's data.yaml, or what is named after a subset, or all there is."""
+    """-> [(subset, annotation file), ...]: data.yaml, or what is named after a subset, or all there is."""
     yamls = [file for file in sorted(folder.glob("*.y*ml")) if "names" in read_settings(file)]
     if yamls:
         return [(args.subset, yamls[0])]
@@ -157,7 +157,7 @@ def list_annotations(folder, args):
                   if file.suffix.lower() in (".json", ".csv") and file != args.descriptions)
 
 
-# ---------------------------------------------------------------------------------- categories and their texts
+# --------------------------------------------------------------------------------- categories and their texts
 
 
 def read_texts(path):
@@ -165,7 +165,7 @@ def read_texts(path):
     raw = read_json(path, dict)
     with reading(path):
         if "keypoint_sets" in raw:
-            parts = [(entry["name"], dict(list_keypoints(raw, entry))) for entry in raw["categories"].values()]
+            parts = [(one["name"], dict(list_keypoints(raw, one))) for one in raw["categories"].values()]
         elif all(isinstance(text, dict) for text in raw.values()):
             parts = [*raw.items()]
         else:
@@ -248,8 +248,8 @@ def describe(kind, texts, path):
     missing = [name.replace("_", " ") for name in kind.keypoints if plain(name) not in kind.texts]
     if missing and texts:
         what = f"{', '.join(missing)} of {kind.name}" if parts else f"category {kind.name}"
-        raise InputError(f"{path}: {what} {'are' if parts and missing[1:] else 'is'} not described in it; call "
-                         "them alike")
+        raise InputError(f"{path}: {what} {'are' if parts and missing[1:] else 'is'} not described in it; "
+                         "call them alike")
     for name in missing:
         kind.texts[plain(name)] = name, f"the {name} of the {kind.name.replace('_', ' ')}"
     return len(missing)
@@ -301,8 +301,8 @@ def write_descriptions(out, kinds):
         sets[kind.name] = [{"name": name, "description": text} for name, text in keypoints]
         categories[str(kind.id)] = {"name": kind.name, "keypoint_set": kind.name}
         skeletons[kind.name] = kind.skeleton
-    write_json(out / "descriptions.json", {"made by": MADE_BY, "keypoint_sets": sets, "categories": categories,
-                                           "skeletons": skeletons})
+    write_json(out / "descriptions.json", {"made by": MADE_BY, "keypoint_sets": sets,
+                                           "categories": categories, "skeletons": skeletons})
 
 
 def place_photo(photo, folder, subset, files):
