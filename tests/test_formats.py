@@ -47,9 +47,10 @@ def write_labelme(folder, orientation=1):
     make_photo(folder / "photos/a.jpg", orientation)
     shapes = [{"label": name, "points": [[*point]], "group_id": 4, "shape_type": "point"}
               for name, point in SPOTS.items()]
-    shapes.append({"label": "mouse", "points": [[90, 10], [10, 70]], "group_id": 4, "shape_type": "rectangle"})
-    write_json(folder / "labels.json", {"version": "5.4.1", "flags": {}, "shapes": shapes, "imageData": None,
-                                        "imagePath": "..\\photos\\a.jpg", "imageWidth": 96, "imageHeight": 80})
+    shapes.append({"label": "mouse", "points": [[90, 10], [10, 70]], "group_id": 4,
+                   "shape_type": "rectangle"})
+    write_json(folder / "labels.json", {"shapes": shapes, "imagePath": "..\\photos\\a.jpg", "imageData": None,
+                                        "imageWidth": 96, "imageHeight": 80})
     return folder / "labels.json"
 
 
@@ -59,8 +60,9 @@ def write_yolo(folder, orientation=1):
     (folder / "train/labels").mkdir()
     (folder / "train/labels/a.txt").write_text(f"1 {50 / 96} 0.5 {80 / 96} 0.75 {points}\n\n")
     (folder / "data.yaml").write_text(
-        "train: ../train/images\nval: ../valid/images  # not exported\n\nkpt_shape: [3, 3]\nflip_idx: [0, 1, 2]\n"
-        "nc: 2\nnames: ['rat', \"mouse\"]\nkpt_names:\n  0:\n    - nose\n    - left ear\n    - tail\n"
+        "train: ../train/images\nval: ../valid/images  # not exported\n\nkpt_shape: [3, 3]\n"
+        "flip_idx: [0, 1, 2]\nnc: 2\nnames: ['rat', \"mouse\"]\nkpt_names:\n  0:\n    - nose\n    - left ear\n"
+        "    - tail\n"
         "  1: [nose, left ear, tail]\n")
     return folder / "data.yaml"
 
@@ -68,7 +70,8 @@ def write_yolo(folder, orientation=1):
 def write_dlc(folder, orientation=1):
     make_photo(folder / "labeled-data/v/img01.png", orientation)
     rows = [["scorer", *["me"] * 6], ["bodyparts", *(name for name in SPOTS for _ in "xy")],
-            ["coords", *"xy" * 3], ["labeled-data/v/img01.png", *(k for point in SPOTS.values() for k in point)]]
+            ["coords", *"xy" * 3],
+            ["labeled-data/v/img01.png", *(number for point in SPOTS.values() for number in point)]]
     path = folder / "labeled-data/v/CollectedData_me.csv"
     path.write_text("\n".join(",".join(map(str, row)) for row in rows))
     return path
@@ -84,7 +87,7 @@ def test_every_point_is_on_its_spot(tmp_path, capsys, write, orientation):
     assert one["category"]["name"] == "mouse" and [*one["points"]] == [*SPOTS]
     if write != write_dlc:
         assert one["bbox"] == pytest.approx([10, 10, 80, 60])
-    if orientation == 3 and write != write_yolo:  # whose size is the same either way, so the file proves nothing
+    if orientation == 3 and write != write_yolo:  # its size is the same either way and proves nothing
         assert said[0].startswith("warning: photos with an EXIF orientation, which is ignored")
         return
     assert {name: xyv[:2] for name, xyv in one["points"].items()} == {
@@ -110,7 +113,7 @@ def test_a_photo_upside_down_is_as_the_others_of_its_file(tmp_path, capsys):
         one |= {"keypoints": [50, 30, 2] * 3, "bbox": [10, 10, 60, 60]}
     write_json(tmp_path / "labels.json", contents)
     assert len(convert(capsys, tmp_path / "labels.json", "--out", tmp_path / "stored")) == 2
-    assert (tmp_path / "stored/images/train/b.jpg").samefile(tmp_path / "b.jpg")  # a link, as are all not turned
+    assert (tmp_path / "stored/images/train/b.jpg").samefile(tmp_path / "b.jpg")  # a link
 
 
 ONE = """scorer,me,me,me,me
@@ -167,7 +170,8 @@ def test_of_several_animals_each_is_an_object(frames):
 
 @pytest.mark.parametrize("text, says", [
     ("", "not a CSV of DeepLabCut"), ("{}", "not a CSV"), ("a,b\n1,2\n", "not a CSV"),
-    (ONE.replace("10.5", "ten"), "cannot be read .*ten"), (ONE.replace("coords,x,y", "coords,y,x"), "not a CSV"),
+    (ONE.replace("10.5", "ten"), "cannot be read .*ten"),
+    (ONE.replace("coords,x,y", "coords,y,x"), "not a CSV"),
     (ONE.replace("x,y\n", "x,likelihood\n"), "columns other than x and y"),
     (ONE.replace("tail,tail", "snout,snout"), "2 are called snout"),
     ("\n".join(ONE.split("\n")[:3]), "no labelled object is left"),
@@ -179,12 +183,14 @@ def test_what_is_not_deeplabcuts_is_one_line(frames, text, says):
 def test_labelmes_groups_are_objects_and_a_name_twice_is_said(tmp_path, capsys):
     raw = read_json(write_labelme(tmp_path / "in"))
     for n, (name, group) in enumerate([("nose", None), ("tail", None), ("nose", 7), ("nose", 7)]):
-        raw["shapes"].append({"label": name, "points": [[20 + n, 30]], "group_id": group, "shape_type": "point"})
+        raw["shapes"].append({"label": name, "points": [[20 + n, 30]], "group_id": group,
+                              "shape_type": "point"})
     write_json(tmp_path / "in/labels.json", raw)
     write_json(tmp_path / "in/more.json", raw | {"shapes": raw["shapes"][:1]})
-    said = convert(capsys, *sorted((tmp_path / "in").glob("*.json")), "--out", tmp_path / "data", "--category", "rat")
-    assert said[:-2] == ["groups with two points of one name, left out (each object needs a group_id): group 7 of "
-                         "labels.json", *said[1:-2]]
+    said = convert(capsys, *sorted((tmp_path / "in").glob("*.json")), "--out", tmp_path / "data",
+                   "--category", "rat")
+    assert ("groups with two points of one name, left out (each object needs a group_id): group 7 of "
+            "labels.json") in said
     mouse, rat, *_ = layout(tmp_path / "data")
     assert (mouse["category"]["name"], rat["category"]["name"]) == ("mouse", "rat")
     assert rat["points"] == {"nose": (20, 30, 2), "tail": (21, 30, 2)}
@@ -193,7 +199,8 @@ def test_labelmes_groups_are_objects_and_a_name_twice_is_said(tmp_path, capsys):
 def test_yolos_points_without_visibility_and_names(tmp_path, capsys):
     write_yolo(tmp_path)
     points = " ".join(f"{x / 96} {y / 80}" for x, y in [*SPOTS.values()][:2])
-    (tmp_path / "train/labels/a.txt").write_text(f"0 0.5 0.5 0.9 0.9 {points} 0 0\n0 0.5 0.5 0.9 0.9 0 0 0 0 0 0\n")
+    (tmp_path / "train/labels/a.txt").write_text(
+        f"0 0.5 0.5 0.9 0.9 {points} 0 0\n0 0.5 0.5 0.9 0.9 0 0 0 0 0 0\n")
     (tmp_path / "data.yaml").write_text("path: /elsewhere\ntrain: train/images\nkpt_shape:\n- 3\n- 2\n"
                                         "names:\n  0: rat\n")
     said = convert(capsys, tmp_path, "--out", tmp_path / "data")
@@ -224,18 +231,20 @@ def test_a_folder_with_train_valid_and_test(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------------- files that failed
 
-CASES = {  # case: (file, what is said, or True if it is refused)
-    "a-list-is-json": ("tasks.json", r"tasks.json: not a COCO keypoints file \(its outermost value is a list\); "
-                       "export it as COCO; it looks like Label Studio's", True),
+CASES = {  # case: (file, what is said, whether it is refused)
+    "a-list-is-json": ("tasks.json", "tasks.json: not a COCO keypoints file (its outermost value is a list); "
+                       "export it as COCO; it looks like Label Studio's own format", True),
     "boxes-other-rules": ("train.json", "train: 1 photos, 2 objects", False),
-    "cvat-points-without-skeleton": ("train.json", "train.json: no category names keypoints, and there are no "
-                                     "annotations; in CVAT the label must be a skeleton", True),
-    "exif-upright-annotations": ("upright.json", "photos copied upright, as their points are: phone.jpg", False),
+    "cvat-points-without-skeleton": (
+        "train.json", "train.json: no category names keypoints, and there are no annotations; in CVAT the "
+        "label must be a skeleton", True),
+    "exif-upright-annotations": ("upright.json", "photos copied upright, as their points are: phone.jpg",
+                                 False),
     "local-files-of-label-studio": ("train.json", "train: 1 photos, 1 objects", False),
     "nan-where-unlabelled": ("train.json", "train: 1 photos, 1 objects", False),
     "roboflow-root-of-same-name": ("train.json", "train: 1 photos, 1 objects", False),
-    "size-differs": ("train.json", "creature.jpg is 247 x 247 pixels, but 494 x 494 in train.json; its points do "
-                     "not fit", True),
+    "size-differs": ("train.json", "creature.jpg is 247 x 247 pixels, but 494 x 494 in train.json; its "
+                     "points do not fit", True),
     "skeleton-of-17-for-14": ("train.json", "skeletons with lines to keypoints that there are not", False),
     "tight-box": ("train.json", "files whose boxes are the mere extent of the points", False),
 }
@@ -244,12 +253,12 @@ CASES = {  # case: (file, what is said, or True if it is refused)
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_that_failed(shared, tmp_path, capsys, case):
     (name, says, is_refused), folder = CASES[case], shared / "cases" / case
-    arguments = [folder / name, "--images", folder / "photos", "--descriptions", folder / "texts.json", "--out",
-                 tmp_path / "data"]
+    arguments = [folder / name, "--images", folder / "photos", "--descriptions", folder / "texts.json",
+                 "--out", tmp_path / "data"]
     if is_refused:
-        assert re.search(says, refused(own, arguments))
+        assert says in refused(own, arguments)
         return
-    assert re.search(says, "\n".join(convert(capsys, *arguments)))
+    assert says in "\n".join(convert(capsys, *arguments))
     for one in layout(tmp_path / "data"):
         points = {"knob": (174, 101, 2), "horn tip": (188, 164, 2), "heart": (110, 151, 2)}
         if case == "nan-where-unlabelled":
@@ -277,12 +286,13 @@ def test_two_folders_whose_photos_are_called_alike(shared, tmp_path, capsys):
 @pytest.mark.parametrize("name, says, n, points", [
     ("vid2_order", "train: 6 photos", 6, ["nose", "tail"]),
     ("vid2_other", "files with other keypoints than those before", 6, ["nose", "ear"]),
-    ("missing_frame", "photos that are not there.*img777.png", 4, ["nose", "tail"]), ("two_scorers", None, 0, None),
+    ("missing_frame", "photos that are not there.*img777.png", 4, ["nose", "tail"]),
+    ("two_scorers", None, 0, None),
 ])
 def test_projects_of_deeplabcut(shared, tmp_path, capsys, name, says, n, points):
     folder = shared / "cases/dlc-projects"
-    arguments = [folder / "single3.csv", folder / f"{name}.csv", "--images", folder, "--category", "mouse", "--out",
-                 tmp_path / "data"]
+    arguments = [folder / "single3.csv", folder / f"{name}.csv", "--images", folder, "--category", "mouse",
+                 "--out", tmp_path / "data"]
     if says is None:
         assert "2 scorers, me and you" in refused(own, arguments)
         return
@@ -323,13 +333,14 @@ def damage(contents, rng):
     contents = bytearray(contents)
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(contents))
-        contents[place:place + rng.choice([1, 1, 1, 0, 9])] = rng.choice([b"\xff", b"-", b"9", b"1", b",", b"\n", b" "])
+        contents[place:place + rng.choice([1, 1, 1, 0, 9])] = bytes([rng.choice(b"\xff-91,\n ")])
     return bytes(contents[:len(contents) if rng.random() < 0.8 else rng.randrange(len(contents))])
 
 
 @pytest.mark.parametrize("write, spoilt", [
-    (write_coco, "labels.json"), (write_labelme, "labels.json"), (write_dlc, "labeled-data/v/CollectedData_me.csv"),
-    (write_yolo, "data.yaml"), (write_yolo, "train/labels/a.txt"), (write_coco, "texts.json")])
+    (write_coco, "labels.json"), (write_labelme, "labels.json"),
+    (write_dlc, "labeled-data/v/CollectedData_me.csv"), (write_yolo, "data.yaml"),
+    (write_yolo, "train/labels/a.txt"), (write_coco, "texts.json")])
 def test_damaged_files_never_give_a_traceback(tmp_path, write, spoilt):
     file, rng, outcomes = write(tmp_path / "in"), random.Random(spoilt), []
     write_json(tmp_path / "in/texts.json", {"mouse": dict.fromkeys(SPOTS, "where it is")})

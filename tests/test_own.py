@@ -73,8 +73,9 @@ def layout(out, subset="train"):
     for one in contents["annotations"]:
         one["photo"], one["category"] = photos[one["image_id"]], categories[one["category_id"]]
         triples = np.reshape(one["keypoints"], (-1, 3)).tolist()
-        one["points"] = {name: tuple(xyv) for name, xyv in zip(one["category"]["keypoints"], triples) if xyv[2]}
-        assert len(triples) == len(one["category"]["keypoints"]) and one["num_keypoints"] == len(one["points"])
+        keypoints = one["category"]["keypoints"]
+        one["points"] = {name: tuple(xyv) for name, xyv in zip(keypoints, triples) if xyv[2]}
+        assert len(triples) == len(keypoints) and one["num_keypoints"] == len(one["points"])
         assert one["iscrowd"] == 0 and one["area"] == one["bbox"][2] * one["bbox"][3] > 0
         with Image.open(out / "images" / one["photo"]["file_name"]) as photo:
             assert photo.size == (one["photo"]["width"], one["photo"]["height"])
@@ -114,14 +115,16 @@ def test_six_photos_train_and_the_checkpoint_is_evaluated(tiny, tmp_path, make):
 
 def test_it_ends_with_counts_and_the_command_that_trains(tmp_path, capsys):
     write_json(tmp_path / "own.json", teapots(tmp_path))
-    arguments = command_line(tmp_path / "own.json", "--images", tmp_path / "photos", "--out", tmp_path / "a b")
+    arguments = command_line(tmp_path / "own.json", "--images", tmp_path / "photos",
+                             "--out", tmp_path / "a b")
     own.main([*arguments, "--subset", "val"])
     warning, counts, last = capsys.readouterr().out.splitlines()
     assert "3 keypoints are described by their names only" in warning and "--descriptions" in warning
     assert counts == "val: 6 photos, 6 objects (tea pot 6)" and "--subset train" in last
     assert convert(capsys, *arguments)[1] == f"train on it: python train.py --data '{tmp_path}/a b'"
     [category] = read_descriptions(tmp_path / "a b/descriptions.json").values()
-    assert category.keypoints == [(name, f"the {name} of the tea pot") for name in ("spout", "lid knob", "Handle")]
+    assert category.keypoints == [(name, f"the {name} of the tea pot")
+                                  for name in ("spout", "lid knob", "Handle")]
 
 
 def test_what_it_did_not_make_is_not_overwritten(tmp_path, make):
@@ -140,7 +143,7 @@ def test_what_it_did_not_make_is_not_overwritten(tmp_path, make):
     (["--images", "nowhere"], "nowhere: no such folder"), (["nowhere.json"], "nowhere.json: no such file"),
     (["--descriptions", "nowhere.json"], "nowhere.json: no such file"),
     (["pyproject.toml"], "none of COCO's"), (["tests"], "tests: no annotations"),
-    (["--images", "assets"], "no labelled object is left; photos that are not there, left out (--images says"),
+    (["--images", "assets"], "no labelled object is left; photos that are not there, left out (--images"),
 ])
 def test_wrong_arguments_are_one_line(tmp_path, wrong, says, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -204,11 +207,13 @@ def test_names_and_ids_of_other_kinds(tmp_path, make):
     contents["annotations"][1]["keypoints"] = [triples[i:i + 3] for i in (0, 3, 6)]
     contents["annotations"][2]["keypoints"][:6] = [None, None, 0, math.nan, math.nan, 2]
     # as Label Studio writes names: with the path on its server, out of its own folder, as an address
-    before = ["", "/data/upload/7/", "..\\..\\media\\upload\\", "/data/local-files/?d=", "/data/local-files/?d=a%5C"]
+    before = ["", "/data/upload/7/", "..\\..\\media\\upload\\", "/data/local-files/?d=",
+              "/data/local-files/?d=a%5C"]
     for photo, folders in zip(contents["images"], before):
         photo["file_name"] = folders + photo["file_name"]
     (line,) = make(contents)
-    assert line.startswith("annotations with keypoints at 0, 0 or NaN, which count as not labelled: annotation 2")
+    assert line == ("annotations with keypoints at 0, 0 or NaN, which count as not labelled: "
+                    "annotation 2 of own.json")
     out = layout(tmp_path / "data")
     assert [one["photo"]["file_name"] for one in out] == [f"train/shelf/{i}.jpg" for i in range(5)]
     assert [len(one["points"]) for one in out] == [3, 2, 1, 3, 3]
@@ -231,7 +236,8 @@ def test_two_files_whose_photos_have_the_same_name(tmp_path, capsys):
 # What most of a file does wrong -> what is said.
 CONFUSED = {
     "no coordinate is above 1: fractions": lambda x, y: (x / 90, y / 70),
-    "points lie outside their photos, e.g. 200, 300 in shelf/0.jpg, which is 90 x 70": lambda x, y: (10 * x, 10 * y),
+    "points lie outside their photos, e.g. 200, 300 in shelf/0.jpg, which is 90 x 70":
+        lambda x, y: (10 * x, 10 * y),
 }
 
 
@@ -251,8 +257,8 @@ def test_boxes_in_another_unit_are_refused_and_a_few_points_outside_are_said(tmp
     assert "points lie outside their boxes" in refuse(tmp_path, contents)
     contents = teapots(tmp_path)
     contents["annotations"][2]["keypoints"][0] = 95
-    assert make(contents) == ["points outside their photos, which cannot be found: 95, 30 in shelf/2.jpg, which is "
-                              "90 x 70 pixels"]
+    assert make(contents) == ["points outside their photos, which cannot be found: 95, 30 in shelf/2.jpg, "
+                              "which is 90 x 70 pixels"]
 
 
 def change(*place, to):
@@ -277,9 +283,10 @@ WRONG = {
     "has no list of annotations": [change("annotations", to=...)],
     "has no list of categories": [change("categories", to="x")],
     "KeyError: 'file_name'": [change("images", 0, "file_name", to=...)],
-    "cannot be read": [change("images", 0, "file_name", to=3), change("images", 1, to=None),
-                       change("categories", 0, "name", to=[]), change("annotations", 0, "keypoints", 0, to=10**400),
-                       change("annotations", 0, "keypoints", to="x" * 9), change("images", 0, "width", to="x")],
+    "cannot be read": [
+        change("images", 0, "file_name", to=3), change("images", 1, to=None),
+        change("categories", 0, "name", to=[]), change("annotations", 0, "keypoints", 0, to=10**400),
+        change("annotations", 0, "keypoints", to="x" * 9), change("images", 0, "width", to="x")],
     "two images have the id p0": [change("images", 1, "id", to="p0")],
     "categories: 2 are called teapot": [
         lambda contents: contents["categories"].append({"id": 3, "name": "Teapot", "keypoints": ["a"]})],
@@ -288,7 +295,7 @@ WRONG = {
     "keypoints: 2 are called lidknob": [names(["lid_knob", "spout", "Lid Knob"])],
     "annotation 0 has 9 numbers for 4 keypoints": [names(["a", "b", "c", "d"])],
     "annotation 1 has 8 numbers for 3": [change("annotations", 1, "keypoints", 8, to=...)],
-    "annotation 1: bbox is not x, y, width, height": [change("annotations", 1, "bbox", to=[1, 2, 3])],
+    "bbox is not x, y, width, height in annotation 1": [change("annotations", 1, "bbox", to=[1, 2, 3])],
     "no labelled object is left": [change("annotations", to=[])],
 }
 
@@ -352,7 +359,8 @@ def test_keypoints_without_names_take_those_of_the_texts(tmp_path, make):
     names([])(contents)
     write_json(tmp_path / "texts.json", TEXTS)
     (line,) = make(contents, "--descriptions", tmp_path / "texts.json")
-    assert line == "keypoints without names, which are called by their order: spout, lid knob, handle, ... of tea pot"
+    assert line == ("keypoints without names, which are called by their order: "
+                    "spout, lid knob, handle, ... of tea pot")
     make(contents, "--subset", "val")
     assert [*layout(tmp_path / "data", "val")[0]["points"]] == [*TEXTS]
     (tmp_path / "data").rename(tmp_path / "first")

@@ -161,7 +161,7 @@ def read_coco(path, raw, notes):
         elif points := category and read_points(path, annotation, category[1], notes):
             box = [math.nan if number is None else float(number) for number in annotation.get("bbox") or []]
             if len(box) not in (0, 4):
-                raise InputError(f"{path}: annotation {annotation.get('id')}: bbox is not x, y, width, height")
+                raise InputError(f"{path}: bbox is not x, y, width, height in {where}")
             photo.objects.append(Object(category[0], points, read_box(*box) if box else None))
         else:
             notes.add("objects without labelled keypoints, left out", where)
