@@ -61,8 +61,8 @@ def write_yolo(folder, orientation=1):
     (folder / "train/labels/a.txt").write_text(f"1 {50 / 96} 0.5 {80 / 96} 0.75 {points}\n\n")
     (folder / "data.yaml").write_text(
         "train: ../train/images\nval: ../valid/images  # not exported\n\nkpt_shape: [3, 3]\n"
-        "flip_idx: [0, 1, 2]\nnc: 2\nnames: ['rat', \"mouse\"]\nkpt_names:\n  0:\n    - nose\n    - left ear\n"
-        "    - tail\n"
+        "flip_idx: [0, 1, 2]\nnc: 2\nnames: ['rat', \"mouse\"]\nkpt_names:\n  0:\n    - nose\n"
+        "    - left ear\n    - tail\n"
         "  1: [nose, left ear, tail]\n")
     return folder / "data.yaml"
 

@@ -19,7 +19,6 @@ What is written:
                                            given by name, and all subsets share them.
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -30,7 +29,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from common import InputError, printable, read_json, reading, run, say, write_json
+from common import InputError, Parser, printable, read_json, reading, run, say, write_json
 from tools.fit import fit
 from tools.formats import Notes, check_names, count_names, find_yolo_photos, plain, read_labels, read_settings
 
@@ -85,16 +84,16 @@ def main(argv):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m tools.own", allow_abbrev=False,
-                                     description="Brings other tools' annotations into MP-100's layout.")
+    parser = Parser(prog="python -m tools.own",
+                    description="Brings other tools' annotations into MP-100's layout.")
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="COCO keypoints or labelme .json, DeepLabCut "
         ".csv, YOLO data.yaml; or a folder that holds train/, valid/ and test/ with photos and annotations")
-    add("--images", type=Path, metavar="DIR", help="the photos (default: looked for beside the files)")
+    add("--images", type=Path, metavar="DIR", help="photos; without it they are looked for beside the files")
     add("--descriptions", type=Path, metavar="JSON", help="where each keypoint is, in words")
-    add("--subset", choices=[*SUBSETS], default="train", help="what the files are for (default: train)")
+    add("--subset", choices=[*SUBSETS], default="train", help="what the files are for")
     add("--category", metavar="NAME", help="what the objects are where a file, as DeepLabCut's, does not "
-        'say it (default: the only one of --descriptions, or "object")')
+        'say it; without it the only category of --descriptions, or "object"')
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to make, or to add a subset to")
     return parser.parse_intermixed_args(argv)
 
