@@ -255,6 +255,15 @@ def test_boxes_in_another_unit_are_refused_and_a_few_points_outside_are_said(tmp
                               "which is 90 x 70 pixels"]
 
 
+def test_points_that_may_be_percent_are_said(tmp_path, make):
+    contents = teapots(tmp_path, 4)
+    for i in range(4):
+        Image.new("L", (400, 300)).save(tmp_path / f"photos/shelf/{i}.jpg")
+    assert make(contents) == ["warning: no coordinate is above 100; percent? Pixels are wanted: own.json"]
+    contents["annotations"][0]["keypoints"][0] = 101
+    assert make(contents) == []
+
+
 def change(*place, to):
     """-> a function that changes contents[place[0]][place[1]]..., or deletes it if `to` is ..."""
     def edit(contents):
@@ -348,18 +357,20 @@ def test_descriptions_given_later_replace_those_before_and_others_stay(tmp_path,
     assert [layout(tmp_path / "data", s)[0]["category_id"] for s in ("train", "val", "test")] == [1, 2, 1]
 
 
-def test_keypoints_without_names_take_those_of_the_texts(tmp_path, make):
+@pytest.mark.parametrize("given, shown", [([], "point 1"), (["1", "2", "3"], "1"),
+                                          (["new-point-0", "new-point-1", "new-point-2"], "new-point-0")])
+def test_keypoints_that_are_only_numbered_take_the_names_of_the_texts(tmp_path, make, given, shown):
     contents = teapots(tmp_path)
-    names([])(contents)
+    names(given)(contents)
     write_json(tmp_path / "texts.json", TEXTS)
     (line,) = make(contents, "--descriptions", tmp_path / "texts.json")
-    assert line == ("keypoints without names, which are called by their order: "
+    assert line == ("keypoints that are only numbered, and are called by their order: "
                     "spout, lid knob, handle, ... of tea pot")
     make(contents, "--subset", "val")
     assert [*layout(tmp_path / "data", "val")[0]["points"]] == [*TEXTS]
     (tmp_path / "data").rename(tmp_path / "first")
     make(contents)
-    assert [*layout(tmp_path / "data")[0]["points"]] == ["point 1", "point 2", "point 3"]
+    assert [*layout(tmp_path / "data")[0]["points"]][0] == shown
 
 
 def test_a_keypoint_that_comes_later_is_not_labelled_before(tmp_path, make):

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 
 from common import InputError, Parser, printable, read_json, reading, run, say, write_json
 from tools.fit import fit
-from tools.formats import Notes, check_names, count_names, find_yolo_photos, plain, read_labels, read_settings
+from tools.formats import Notes, check_names, find_yolo_photos, plain, read_labels, read_settings
 
 SUBSETS = {"train": ("train",), "val": ("valid", "val", "validation"), "test": ("test",)}
 MADE_BY = "tools/own.py"  # marks what we wrote, and so may write again
@@ -106,7 +106,7 @@ def report(out, subsets, kinds, notes, n_named):
             "what finds a keypoint is its description: write some, and give them with --descriptions")
     for subset, photos in subsets.items():
         counts = Counter(kinds[plain(one.category)].name for photo in photos for one in photo.objects)
-        objects = ", ".join(f"{name} {count}" for name, count in counts.items())
+        objects = ", ".join(f"{name} {n}" for name, n in counts.most_common(9)) + ", ..." * (len(counts) > 9)
         say(printable(f"{subset}: {len(photos)} photos, {sum(counts.values())} objects ({objects})"))
     if annotation_file(out, "train").exists():
         say(f"train on it: python train.py --data {shlex.quote(str(out))}")
@@ -204,15 +204,22 @@ def name_keypoints(labels, texts, kinds, notes):
     """Where a file only numbers its keypoints, they get the names that are known, if these are as many."""
     known = [*(texts or []), *((kind.name, kind.keypoints) for kind in kinds.values())]
     for category, (names, skeleton) in labels.categories.items():
-        if names == count_names(len(names)):
-            lists = [[*keypoints] for of, keypoints in known if of is None or plain(of) == plain(category)]
-            new = next((one for one in lists if len(one) == len(names)), names)
-            new_names = dict(zip(names, new))
-            labels.categories[category] = new, skeleton
-            for one in (one for photo in labels.photos for one in photo.objects if one.category == category):
-                one.points = {new_names[name]: point for name, point in one.points.items()}
-            notes.add("keypoints without names, which are called by their order",
-                      f"{', '.join(new[:3])}, ... of {category}")
+        lists = [[*keypoints] for of, keypoints in known if of is None or plain(of) == plain(category)]
+        if not are_numbered(names) or any({*map(plain, names)} <= {*map(plain, one)} for one in lists):
+            continue
+        new = next((one for one in lists if len(one) == len(names)), names)
+        new_names = dict(zip(names, new))
+        labels.categories[category] = new, skeleton
+        for one in (one for photo in labels.photos for one in photo.objects if one.category == category):
+            one.points = {new_names[name]: point for name, point in one.points.items()}
+        notes.add("keypoints that are only numbered, and are called by their order",
+                  f"{', '.join(new[:3])}, ... of {category}")
+
+
+def are_numbered(names):
+    """Whether keypoints have no words of their own: 1, 2, 3, or new-point-0, new-point-1, ..."""
+    bare = {re.sub(r"\d+", "", name) for name in names}
+    return len(bare) == 1 and not bare & {*names}
 
 
 def add_categories(kinds, labels, photos, notes):
