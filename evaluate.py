@@ -85,10 +85,9 @@ def find_intervals(shares, objects):
 
     shares (rows, 6); objects (rows,): the one that each row is about -> (6, 2).
     """
-    sums = np.zeros((objects.max() + 1, 7))  # of each object's rows, and their number
+    N, objects = len(set(objects)), np.unique(objects, return_inverse=True)[1]
+    sums = np.zeros((N, 7))  # of each object's rows, and their number
     np.add.at(sums, objects, np.c_[shares, np.ones(len(shares))])
-    sums = sums[sums[:, 6] > 0]
-    N = len(sums)
     drawn = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=2000) @ sums  # (2000, 7)
     return np.percentile(drawn[:, :6] / drawn[:, 6:], (2.5, 97.5), axis=0).T
 
@@ -116,14 +115,11 @@ def make_report(instances, predicted, categories, annotations, protocol, **facts
 
 def print_report(report):
     """In percent: a line for each category, the mean and its interval, then how it was made."""
-    rows = {"": COLUMNS}
+    print(f"\n{'':28}" + "".join(f"{column:>12}" for column in COLUMNS))
     for name, row in {**report["per category"], f"{report['objects']} objects": report}.items():
-        rows[printable(name)] = [f"{100 * row[column]:.2f}" for column in COLUMNS]
-    rows["95 % interval"] = ["{:.1f}-{:.1f}".format(*(100 * v for v in report["interval"][column]))
-                             for column in COLUMNS]
-    print()
-    for name, cells in rows.items():
-        print(f"{name:28.28}" + "".join(f"{cell:>12}" for cell in cells))
+        print(f"{printable(name):28.28}" + "".join(f"{100 * row[column]:12.2f}" for column in COLUMNS))
+    ranges = ((100 * low, 100 * high) for low, high in report["interval"].values())
+    print(f"{'95 % interval':28}" + "".join(f"{f'{low:.1f}-{high:.1f}':>12}" for low, high in ranges))
     print("\n" + ", ".join(f"{name}: {value}" for name, value in report.items()
                            if name not in (*COLUMNS, "interval", "per category")))
     if report.get("malformed") == report["keypoints"]:
@@ -190,18 +186,18 @@ def find(path):
 
 def choose_locate(args, cumulative=False):
     """What asks a model that was trained with these arguments: decode.locate(), or one of paper/ like it."""
+    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
+        from paper.iccv import locate_in_turns
+        return partial(locate_in_turns, cumulative=cumulative)
     if args.answer == "token":  # Table 8
         from paper.keypoint_token import locate as locate_token
         return locate_token
-    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
-        from paper.iccv import locate_in_turns
-        return locate_in_turns
     return locate
 
 
-def check_decoding(args, chat, decode, constrained=False):
-    """InputError if such a model's answers cannot be read in the way that was asked for."""
-    if (constrained or decode != "greedy") and (args.answer == "token" or not chat.coordinates.known):
+def check_decoding(chat, decode, constrained=False):
+    """InputError if answers cannot be read in the way that was asked for."""
+    if (constrained or decode != "greedy") and not chat.coordinates.known:
         raise InputError(f"--{'constrained' if constrained else f'decode {decode}'}: this model does not "
                          "spell points in digits, one or three at a time; leave it out")
 
@@ -235,13 +231,14 @@ def make_batches(instances, most):
     return batches
 
 
-def ask(model, chat, photos, categories, process, locate, batch, workers):
-    """Asks for all keypoints of Photos, shared out between the processes.
+def ask(model, chat, photos, categories, process, locate, batch, workers, encode=None):
+    """Asks for all keypoints of Photos, shared out between the processes, at most `batch` at a time.
 
+    locate: see choose_locate(). encode: what makes questions of (chat, category) if chat does not.
     -> for each photo its points in pixels, None for no answer; likewise confidences. Every process has all.
     """
-    instances, found = photos.instances, {}
-    questions = {c: chat.encode_questions(categories[c]) for c in {o.category_id for o in instances}}
+    instances, found, encode = photos.instances, {}, encode or type(chat).encode_questions
+    questions = {c: encode(chat, categories[c]) for c in {o.category_id for o in instances}}
     batches = make_batches(instances, batch)[process.rank::process.world]
     loader = DataLoader(photos, batch_sampler=batches, collate_fn=list, **loader_options(workers),
                         generator=torch.Generator())  # of its own: that of a training is left alone
@@ -385,11 +382,13 @@ def ask_checkpoint(args, checkpoint, instances, categories, images, out):
         raise InputError(f"{out}: cannot be made ({e})") from e
     process = start_processes()
     model, chat, _ = load_trained(args.checkpoint, process.device, args.llm, args.vit, args.dtype, checkpoint)
-    trained = Namespace(**checkpoint["args"])
-    check_decoding(trained, chat, args.decode, args.constrained)
+    check_decoding(chat, args.decode, args.constrained)
+    trained, encode = Namespace(**checkpoint["args"]), None
+    if args.cumulative:
+        from paper.iccv import encode_in_turns as encode
     photos, locate = Photos(instances, images, trained.image_size), choose_locate(trained, args.cumulative)
     locate = partial(locate, decode=args.decode, constrained=args.constrained)
-    return ask(model, chat, photos, categories, process, locate, args.batch, args.workers)
+    return ask(model, chat, photos, categories, process, locate, args.batch, args.workers, encode)
 
 
 if __name__ == "__main__":
