@@ -21,6 +21,7 @@ import evaluate
 from chat import Category, Chat
 from common import Process, read_json
 from data import Instance, parse_descriptions, read_instances
+from decode import Prediction
 
 PCK = ["PCK@0.05", "PCK@0.1", "PCK@0.15", "PCK@0.2", "PCK@0.25"]
 
@@ -267,7 +268,7 @@ def move_annotations(data, predictions):
 @pytest.mark.parametrize("protocol", ["pairs", "query"])
 def test_report_and_picture_of_a_model_whose_answers_are_half_right(
         evaluated, checkpoint, tmp_path, capsys, drawn, protocol):
-    """Of a wagon's five points three are right, of a kite's three two. One wrong point of 102 is invisible."""
+    """Of a wagon's five points three are right, of a kite's three two. A wrong point of 102 is invisible."""
     data = shutil.copytree(checkpoint / "data", tmp_path / "data")
     _, predictions = evaluated("--constrained")
     move_annotations(data, predictions)
@@ -530,29 +531,38 @@ def test_what_a_file_lacks_of_mp100_is_said(evaluated, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------- validation
 
 
-def test_validation_is_pck_of_the_same_objects_and_leaves_training_as_it_was(checkpoint, tmp_path):
-    counts = {1: 70, 2: 50}
-    data = make_mp100(tmp_path / "data", CATEGORIES, {"train": {1: 1, 2: 1}, "val": counts})
-    model, chat, contents = evaluate.load_trained(checkpoint / "ckpt.pt", torch.device("cpu"))
+def test_validation_is_pck_of_the_same_objects_and_leaves_training_as_it_was(
+        checkpoint, tmp_path, monkeypatch):
+    """Of a model that takes every keypoint for the middle of the crop."""
+    data = make_mp100(tmp_path / "data", CATEGORIES, {"train": {1: 1, 2: 1}, "val": {1: 60, 2: 50}})
+    instances = read_instances(data / "annotations" / "mp100_split1_val.json", CATEGORIES)
+    contents = torch.load(checkpoint / "ckpt.pt", weights_only=True)
     args = Namespace(**contents["args"] | {"data": str(data), "workers": 0})
-    validation, again = (evaluate.Validation(args, chat, CATEGORIES, Process(0, 1, torch.device("cpu")))
-                         for _ in range(2))
-    objects = [instance.annotation_id for instance in validation.instances]
-    assert len(set(objects)) == 100
-    assert objects == [instance.annotation_id for instance in again.instances]
+    model, asked = torch.nn.Dropout(), []
 
-    model.train()
+    def locate(of_model, images, questions, chat):
+        assert of_model is model and not model.training
+        asked.extend(images.mean((1, 2, 3)).tolist())
+        return [[Prediction((0.5, 0.5)) for _ in of_photo] for of_photo in questions]
+    monkeypatch.setattr(evaluate, "locate", locate)
+    chat, process = Chat(args.llm), Process(0, 1, torch.device("cpu"))
+    validation = evaluate.Validation(args, chat, CATEGORIES, process)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    score, n = validation.measure(model)
+    score, n = validation.measure(model.train())
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
     assert n == 100 and model.training
 
-    evaluate.main(command_line(checkpoint / "ckpt.pt", "--data", data, "--subset", "val", "--workers", 0,
-                               "--out", tmp_path / "out"))
-    predictions = {p["annotation_id"]: p["keypoints"] for p in read_results(tmp_path / "out")[1]}
-    shares = evaluate.pck_of_queries(validation.instances, [predictions[number] for number in objects])
-    assert score == shares[:, 3].mean()
+    middle = (37.5, 39.5)
+    distances = [np.hypot(*(o.keypoints - middle).T) for o in validation.instances]
+    shares = [(d < 0.2 * max(o.box[2:]))[o.visible].mean() for d, o in zip(distances, validation.instances)]
+    assert 0.05 < score == pytest.approx(np.mean(shares))
+    chosen = {o.annotation_id for o in validation.instances}
+    assert len(chosen) == 100 and chosen < {o.annotation_id for o in instances}
+    first = asked.copy()
+    asked.clear()
+    assert evaluate.Validation(args, chat, CATEGORIES, process).measure(model) == (score, n)
+    assert asked == first
 
 
 # ---------------------------------------------------------------------------------------- predictions, scored
@@ -603,7 +613,7 @@ def replace_point(predictions, point):
     (lambda good: [*good, good[2]], "annotation 102 is predicted twice"),
     (lambda good: [{**good[0], "keypoints": good[0]["keypoints"][:4]}, *good[1:]],
      "annotation 100 has 4 keypoints predicted, 5 annotated"),
-    (lambda good: replace_point(good, [1, float("nan")]), "annotation 100 has a point that is not two numbers"),
+    (lambda good: replace_point(good, [1, float("nan")]), "annotation 100 has a point that is not two num"),
     (lambda good: replace_point(good, [1, 2, 0.9]), "annotation 100 has a point that is not two numbers"),
     (lambda good: good[:-1], "no prediction for 1 of 6 objects, e.g. annotation 105"),
 ], ids=["dict", "no ids", "flat", "huge", "twice", "too few points", "NaN", "three", "instance missing"])
