@@ -69,8 +69,12 @@ class CapeLLM(nn.Module):
         targets, shares = labels[:, 1:][rows, columns], 1 / rows.bincount()[rows] / len(rows.unique())
         rows, columns, targets, shares = (
             t.to(hidden.device, non_blocking=True) for t in (rows, columns, targets, shares))
-        logits = self.llama.lm_head(hidden[rows, columns]).float()  # (labels, vocabulary) (equation 5)
-        return (F.cross_entropy(logits, targets, reduction="none") * shares).sum()
+        return (self.losses(hidden[rows, columns], targets) * shares).sum()
+
+    def losses(self, hidden, targets):
+        """Hidden states (R, D) and the tokens to be read off them (R,) -> their losses (R,) (equation 5)."""
+        logits = self.llama.lm_head(hidden).float()  # (R, vocabulary)
+        return F.cross_entropy(logits, targets, reduction="none")
 
     def read_behind_photos(self, images, tokens, photo_of):
         """Reads P photos once each, and B conversations as rows that share their keys and values.
@@ -132,7 +136,8 @@ def load_network(args, device="cpu", dtype=None):
         if json.loads(config.read_text())["model_type"] == "hiera":  # Table 4
             from paper.hiera import Hiera as Encoder
     with reading(args.vit):
-        vit = Encoder.load(args.vit, args.image_size, torch.float32 if args.tune_vit == "full" else dtype, device)
+        of_vit = torch.float32 if args.tune_vit == "full" else dtype
+        vit = Encoder.load(args.vit, args.image_size, of_vit, device)
     with reading(args.llm):
         llama = Llama.load(args.llm, torch.float32 if args.tune_llm == "full" else dtype, device)
     adapt(vit, args.tune_vit, ("q", "v"))
