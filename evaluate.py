@@ -54,9 +54,9 @@ from common import (
 )
 from data import crop_of, normalize
 from decode import DECODINGS, Prediction, locate
-from draw import draw_sheet
 from metric import THRESHOLDS, make_report, pck_of_queries, print_report, read_predictions
 from model import DTYPES
+from tools.draw import draw_sheet
 
 # -------------------------------------------------------------------------------------------- asking a model
 

@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from chat import IGNORE, Category, Chat, Scene
 from data import Crop, crop_of, normalize
 from decode import locate
-from labels import make_palette, place_column, wrap
 from llama import rotate
 from lora import load_trainable_state
 from model import CapeLLM
+from tools.draw import make_palette, place_column, wrap
 from toyworld.creatures import draw_example
 
 ROOT = Path(__file__).parent.parent
