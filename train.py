@@ -188,7 +188,8 @@ class Training:
         """Writes a checkpoint and the curve, for the first process."""
         save_checkpoint(Path(self.args.out, name), args=vars(self.args), descriptions=self.descriptions,
                         model=trainable_state(self.model), optimizer=self.optimizer.state_dict(), step=step)
-        self.log.draw()
+        from tools.curve import draw_curve
+        draw_curve(self.args.out)
 
     def validate(self, step):
         """Measures the network, in all processes together, and saves it if it is the best so far."""
