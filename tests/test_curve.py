@@ -23,8 +23,9 @@ def step(n, loss, lr=1e-4):
 
 def test_the_last_line_of_a_step_counts_and_what_is_cut_off_does_not(tmp_path):
     path = write_log(tmp_path, step(1, 3.0), step(2, 2.0), step(3, 9.0),
-                     {"step": 2, "PCK@0.2": 0.25, "objects": 4}, "\0\0\n", "[1]\n", "7\n", step(5, float("nan")), {"step": 6, "error": "loss nan"},
-                     step(3, 1.5), step(4, 1.0), {"step": 4, "PCK@0.2": 0.5, "objects": 4}, '{"step": 5, "lo')
+                     {"step": 2, "PCK@0.2": 0.25, "objects": 4}, "\0\0\n", "[1]\n", "7\n",
+                     step(5, float("nan")), {"step": 6, "error": "loss nan"}, step(3, 1.5), step(4, 1.0),
+                     {"step": 4, "PCK@0.2": 0.5, "objects": 4}, '{"step": 5, "lo')
     assert curve.read_curve(path, "loss") == [(1, 3.0), (2, 2.0), (3, 1.5), (4, 1.0)]
     assert curve.read_curve(path, "PCK@0.2") == [(2, 0.25), (4, 0.5)]
     curve.draw_curve(tmp_path)

@@ -20,10 +20,7 @@ FAINT, STRONG = (170, 195, 225), (30, 80, 160)
 
 
 def read_curve(path, key):
-    """[(step, value), ...] of the lines of log.jsonl that have such a value, by step.
-
-    A run that resumes does some steps again: the last line of a step counts.
-    """
+    """[(step, value), ...] of the lines of log.jsonl that have such a value. The last of a step counts."""
     values = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -74,7 +71,8 @@ def draw_curve(folder):
         raise InputError(f"{path}: no step of a training in it")
     scores = [(step, 100 * score) for step, score in read_curve(path, "PCK@0.2")]  # as reports are printed
     panels = [draw_panel(title, curves, max(1, loss[-1][0])) for title, curves in (
-        ("loss, and its mean over 50 steps", [loss, smooth(loss)]), ("learning rate", [read_curve(path, "lr")]),
+        ("loss, and its mean over 50 steps", [loss, smooth(loss)]),
+        ("learning rate", [read_curve(path, "lr")]),
         ("PCK@0.2 of the validation, in %", [scores])) if curves[-1]]
     sheet, png = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white"), io.BytesIO()
     for i, panel in enumerate(panels):
