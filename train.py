@@ -44,6 +44,11 @@ from model import DTYPES, load_network, load_weights, read_checkpoint
 # -------------------------------------------------------------------------------------------------- settings
 
 
+def number_of_rounds(text):
+    """The type of --rounds."""
+    return text if text == "dynamic" else positive(text)
+
+
 def make_parser():
     parser = Parser(description="Fine-tunes CapeLLM. The defaults are the paper's.")
     add = parser.add_argument_group("recipe").add_argument
@@ -54,7 +59,8 @@ def make_parser():
     add("--warmup", type=float, default=0.03, metavar="X", help="share of steps in which it rises")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient; inf is any")
-    add("--rounds", default="4", metavar="N", help="keypoints asked in a conversation (Table 4), or dynamic")
+    add("--rounds", type=number_of_rounds, default=4, metavar="N",
+        help="keypoints asked in a conversation (Table 4), or dynamic")
     add("--seed", type=natural, default=42, metavar="N", help="of all that is random")
     add = parser.add_argument_group("network").add_argument
     add("--llm", default="weights/Llama-3.1-8B", metavar="DIR", help="the folder of its files")
@@ -103,10 +109,6 @@ def parse_arguments(argv):
         args = parser.parse_args(argv)
     if args.pretrain:
         args.tune_vit = args.tune_llm = "frozen"
-    if args.rounds != "dynamic":
-        args.rounds = parser.parse_args(["--epochs", args.rounds]).epochs if args.rounds.isdecimal() else 0
-        if not args.rounds:
-            parser.error('--rounds is a whole number above 0, or "dynamic"')
     own = Path(args.data, "descriptions.json")
     args.descriptions = args.descriptions or str(own if own.exists() else "descriptions.json")
     name = f"split{args.split}" if args.data == parser.get_default("data") else Path(args.data).name
