@@ -108,6 +108,8 @@ def parse_arguments(argv):
         parser.set_defaults(**{key: trained[key] for key in ("llm", "vit", "image_size")})
         args = parser.parse_args(argv)
     if args.pretrain:
+        if args.validate or args.answer == "token":
+            parser.error("--pretrain locates nothing: leave out --validate and --answer")
         args.tune_vit = args.tune_llm = "frozen"
     own = Path(args.data, "descriptions.json")
     args.descriptions = args.descriptions or str(own if own.exists() else "descriptions.json")
