@@ -358,6 +358,8 @@ def main(argv):
     categories = parse_descriptions(texts, args.descriptions)
     instances = read_instances(annotation_file(args.data, args.split, "train"), categories)
     instances = keep_readable(instances, Path(args.data, "images"), categories, args.allow_missing)
+    if not instances:
+        raise InputError(f"{args.data}: no object to train on")
     checkpoint = find_run(args, texts)
     rounds = 4 if args.rounds == "dynamic" else args.rounds
     n_examples = sum(1 if args.pack else math.ceil(len(o.keypoints) / rounds) for o in instances)
