@@ -297,7 +297,8 @@ def fit(args, process, model, optimizer, batches, steps, validation, texts, best
             if args.validate and (done % args.validate == 0 or is_last) and not is_stopped:
                 score, n = validation.measure(model)
                 line["PCK@0.2"] = score
-                bar.write(f"step {done}: PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
+                if rank == 0:
+                    bar.write(f"step {done}: PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
                 best, is_best = max(best, score), score > best
             if rank == 0:
                 log.write(json.dumps(line) + "\n")
