@@ -86,7 +86,7 @@ def print_table(out, others):
         return replace(instance, keypoints=instance.keypoints[order], visible=instance.visible[order])
 
     def read(folder):
-        return evaluate.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
+        return evaluate.read_predictions(folder / "predictions.json", unseen, allow_missing=False)[1]
 
     rows = {
         "CapeLLM": (unseen, read(out)),
