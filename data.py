@@ -73,8 +73,8 @@ def read_instances(path, categories):
                                      "to the file of --descriptions")
                 category = categories[a["category_id"]]
                 if len(points) != len(category.keypoints) or not np.isfinite(points).all():
-                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints or one that "
-                                     f"is no number; {category.name} has {len(category.keypoints)} descriptions")
+                    raise InputError(f"{path}: annotation {a['id']}: {len(points)} keypoints, all of them "
+                                     f"numbers? {category.name} has {len(category.keypoints)} descriptions")
                 instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
                                           points[:, 2] > 0))
     return instances
