@@ -1,1 +1,1 @@
-"""What surrounds a run: checks, pictures, the page. Each is started as `python -m tools.NAME`."""
+"""What surrounds a run: checks, other data, pictures, the page, the benchmark."""
