@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common import InputError, run, write_whole
@@ -74,10 +75,8 @@ def draw_curve(folder):
         ("learning rate", [read_curve(path, "lr")]),
         ("PCK@0.2 of the validation, in %", [[(step, 100 * v) for step, v in read_curve(path, "PCK@0.2")]])
     ) if curves[-1]]
-    sheet, png = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white"), io.BytesIO()
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (0, i * HEIGHT))
-    sheet.save(png, "PNG")
+    png = io.BytesIO()
+    Image.fromarray(np.vstack(panels)).save(png, "PNG")
     write_whole(path.with_name("curve.png"), png.getvalue())
 
 
