@@ -101,7 +101,8 @@ def test_skeletons_and_points_without_coordinates():
     pet = Category("pet", [("nose", "the tip"), ("tail", "the end")], [(0, 1)])
     with serving(Stub({"pet": pet}, x=None, y=None)) as port:
         _, answer = locate(port, encode(SMALL), "nose: the very tip\ntail: the end")
-        assert answer["points"][1] == {"name": "tail"} | dict.fromkeys(PARTS) and answer["skeleton"] == [[0, 1]]
+        assert answer["points"][1] == {"name": "tail"} | dict.fromkeys(PARTS)
+        assert answer["skeleton"] == [[0, 1]]
         assert locate(port, encode(SMALL), "tail: the end\nnose: the tip")[1]["skeleton"] == []
 
 
@@ -187,7 +188,7 @@ def test_another_name_than_this_computers_is_refused(port, host, is_refused):
 @pytest.mark.parametrize("host", [None, "0.0.0.0"])
 def test_it_serves_this_computer_only_unless_told(monkeypatch, capsys, host):
     def serve_forever(server):
-        assert server.server_address[0] == host or "127.0.0.1"
+        assert server.server_address[0] == (host or "127.0.0.1")
         threading.Thread(target=lambda: [server.handle_request() for _ in range(2)], daemon=True).start()
         assert ask(server.server_port, "GET", "/")[1] == (ROOT / "tools/page.html").read_bytes()
         assert ask(server.server_port, "GET", "/", Host="my-computer")[0] == (200 if host else 403)
