@@ -36,9 +36,9 @@ def reading(path, advice=""):
         yield
     except InputError:
         raise
-    except FileNotFoundError as e:
-        raise InputError(f"{e.filename or path}: no such file{advice and '; ' + advice}") from e
     except Exception as e:  # a damaged file can raise nearly anything
+        if isinstance(e, FileNotFoundError) and e.filename:
+            raise InputError(f"{e.filename}: no such file{advice and '; ' + advice}") from e
         cause = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise InputError(f"{path}: cannot be read ({cause}){advice and '; ' + advice}") from e
 
@@ -188,5 +188,6 @@ def write_whole(path, contents):
         part.write_bytes(contents)
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
         raise InputError(f"{path}: cannot be written ({e})") from e
