@@ -1,4 +1,4 @@
-"""paper/: instructions as the paper shows them, conversations in turns against generate(), <KEYPOINT> by hand."""
+"""paper/: instructions as the paper shows them, turns against generate(), <KEYPOINT> by hand."""
 
 import math
 from argparse import Namespace
