@@ -172,6 +172,8 @@ def open_reduced(path, side, size):
 
 def to_rgb(photo):
     """A photo of any kind -> RGB, what is transparent on white, as viewers show it."""
+    if photo.mode == "F" or photo.mode == "I" and photo.getextrema()[1] > 65535:
+        raise ValueError("its pixels are numbers of 32 bits, whose white is not known")
     if photo.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
         photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
     if photo.has_transparency_data:
