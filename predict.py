@@ -73,7 +73,7 @@ class Locator:
         """-> {name: Found}. For a list of photos, a list of these: they are asked about in one pass.
 
         photo: a path, a PIL image, the bytes of a file, an open file, or RGB pixels of uint8, an array or a
-        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height of the object,
+        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height of it,
         or None for the whole photo. A list of photos takes a list of boxes, and may take one of keypoints.
         InputError for an unreadable photo, unknown keypoints or a box outside the photo.
         """
