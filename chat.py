@@ -76,7 +76,7 @@ class AnswerFormat:
 
 
 class Chat:
-    """Conversations as tokens of the LLM's tokenizer: DIR/tokenizer.json and, for BOS and EOS, DIR/config.json.
+    """Conversations as tokens of the LLM: DIR/tokenizer.json and, for BOS and EOS, DIR/config.json.
 
     Questions and answers are tokenised one by one and joined: in one go, some tokenizers would fuse "]" with
     what follows it. InputError if a file cannot be read.
@@ -131,7 +131,7 @@ class Chat:
         return tokens, tokens
 
     def encode_conversation(self, scene):
-        """A conversation of training: BOS, "\\n", questions and answers -> tokens and their labels, two lists.
+        """A conversation of training: BOS, "\\n", questions and answers -> two lists, tokens and labels.
 
         A label is the token itself where it is to be learned, else IGNORE. The photo goes after BOS.
         """

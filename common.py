@@ -1,4 +1,4 @@
-"""What all programs share: errors that a user can mend, processes, JSON. A reader of the paper may skip it."""
+"""What all programs share: errors that a user can mend, processes, JSON. Nothing here is of the paper."""
 
 import argparse
 import errno
@@ -31,14 +31,14 @@ def printable(text):
 
 @contextmanager
 def reading(path, advice=""):
-    """The guard where a stranger's file is opened: whatever goes wrong inside becomes one line that names it."""
+    """The guard where a stranger's file is opened: what goes wrong inside becomes one line that names it."""
     try:
         yield
     except InputError:
         raise
-    except FileNotFoundError as e:
-        raise InputError(f"{e.filename or path}: no such file{advice and '; ' + advice}") from e
     except Exception as e:  # a damaged file can raise nearly anything
+        if isinstance(e, FileNotFoundError) and e.filename:
+            raise InputError(f"{e.filename}: no such file{advice and '; ' + advice}") from e
         cause = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise InputError(f"{path}: cannot be read ({cause}){advice and '; ' + advice}") from e
 
@@ -97,7 +97,7 @@ def explain(error):
     if isinstance(error, torch.OutOfMemoryError):
         return f"{text.split('. ')[0]}; a smaller --micro-batch needs less, in evaluation --batch"
     if text.startswith("DataLoader ") or isinstance(error, ConnectionError):
-        return f"lost another process ({text}): killed for want of memory? --workers 0 reads photos without any"
+        return f"lost another process ({text}): killed for want of memory? --workers 0 needs no others"
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
         return f"{text}: a disk is full, or /dev/shm, which --workers 0 does without"
     return None
@@ -157,7 +157,7 @@ def loader_options(workers):
 
 
 def leave_signals(_):
-    """In a DataLoader's worker: Ctrl-C and SIGTERM often go to all processes, but the main one must end it."""
+    """In a DataLoader's worker: Ctrl-C and SIGTERM often go to all processes; the main one ends us."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
@@ -168,7 +168,7 @@ def leave_signals(_):
 def read_json(path, kind=object):
     """Reads a JSON file whose outermost value is a `kind`, e.g. dict. InputError if it cannot be read."""
     with reading(path):
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors put a mark before UTF-8
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # some put a mark before it
         if not isinstance(content, kind):
             raise InputError(f"{path}: holds a {type(content).__name__}, not a {kind.__name__}")
         return content

@@ -5,9 +5,9 @@
     descriptions.json                                               names and descriptions of all keypoints
 
 The files are trusted; tools/check.py looks whether they deserve it, and tools/own.py brings other data into
-this layout. An instance is one annotated animal, garment or thing. Its points are in pixels of the photo, and a
-point is always (x, y), x to the right and y down. The network sees a square crop of the photo, and in questions
-and answers points are fractions of that crop. Letters: B conversations, T tokens of text, K keypoints, P photos.
+this layout. An instance is one annotated animal, garment or thing. Its points are in pixels of the photo. A
+point is always (x, y), x to the right and y down. The network sees a square crop, and in questions and
+answers points are fractions of that crop. Letters: B conversations, T tokens of text, K keypoints, P photos.
 `python data.py` draws four crops of one instance.
 """
 
@@ -37,7 +37,7 @@ class Instance:
 
 
 def parse_descriptions(raw, path):
-    """The contents of a descriptions.json -> {category id: Category}. path: where they are from, for errors."""
+    """The contents of a descriptions.json -> {category id: Category}. path: named in errors."""
     with reading(path, 'see "descriptions.json" for the layout'):
         return {int(number): Category(
                     entry["name"],
@@ -69,12 +69,12 @@ def read_instances(path, categories):
                 if a.get("iscrowd") or a.get("area", 1) <= 0 or min(box[2:]) <= 0 or not points.any():
                     continue
                 if a["category_id"] not in categories:
-                    raise InputError(f"{path}: category {a['category_id']} has no descriptions; add it to the "
-                                     "file of --descriptions")
+                    raise InputError(f"{path}: category {a['category_id']} has no descriptions; add it "
+                                     "to the file of --descriptions")
                 category = categories[a["category_id"]]
                 if len(points) != len(category.keypoints) or not np.isfinite(points).all():
-                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints, all numbers? "
-                                     f"{category.name} has {len(category.keypoints)} descriptions")
+                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints or one that is "
+                                     f"no number; {category.name} has {len(category.keypoints)} descriptions")
                 instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
                                           points[:, 2] > 0))
     return instances

@@ -50,7 +50,7 @@ class Prediction:
 
 
 def read(llama, cache, blocks, n=1):
-    """Each row of the cache reads its block, a list of tokens -> hidden states of the last n of it, (R, n, D)."""
+    """Each row reads its block, a list of tokens -> hidden states of the last n of them (R, n, D)."""
     lengths, device = torch.tensor([len(block) for block in blocks]), llama.norm.weight.device
     T = lengths.max()
     tokens = torch.tensor([block + [0] * (T - len(block)) for block in blocks]).to(device)
@@ -118,7 +118,8 @@ def answer(llama, photos, photo_of, questions, answer_format, constrained=False)
     found = [(None, None)] * len(questions)
     others = range(len(questions))
     if answer_format.known:
-        answers, agrees, distributions = answer_in_format(llama, ask(others), questions, answer_format, constrained)
+        answers, agrees, distributions = answer_in_format(
+            llama, ask(others), questions, answer_format, constrained)
         found = list(zip(answers, distributions))
         others = [r for r in others if not agrees[r]]
     if others:
@@ -135,13 +136,19 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False):
     -> for each photo a list of Predictions, one for each question. decode: see read_coordinates().
     constrained: keep all answers to the format, so that none is malformed.
     """
-    asked = [(p, question) for p, of_photo in enumerate(questions) for question in of_photo]
-    common = os.path.commonprefix([question[:-1] for _, question in asked])  # what all begin with
+    common = os.path.commonprefix([question[:-1] for of_photo in questions for question in of_photo])
     photos = read_photos(model, images, [chat.bos, *common])
+    rest = [[question[len(common):] for question in of_photo] for of_photo in questions]
+    return ask_photos(model, photos, rest, chat, decode, constrained)
+
+
+def ask_photos(model, photos, questions, chat, decode="greedy", constrained=False):
+    """As locate(), of photos that were read, a Cache with one row for each. It stays as it is."""
+    asked = [(p, question) for p, of_photo in enumerate(questions) for question in of_photo]
     found = {}
     for group in group_by_length([len(question) for _, question in asked]):
-        photo_of, rest = zip(*((asked[i][0], asked[i][1][len(common):]) for i in group))
-        said = answer(model.llama, photos, photo_of, rest, chat.coordinates, constrained)
+        photo_of, of_group = zip(*(asked[i] for i in group))
+        said = answer(model.llama, photos, photo_of, of_group, chat.coordinates, constrained)
         found |= dict(zip(group, said))
     predictions = [[] for _ in questions]
     for i, (p, _) in enumerate(asked):

@@ -80,10 +80,10 @@ class RMSNorm(nn.Module):
 
 
 def attention_as_written(q, k, v, mask):
-    """Each query takes a mean of the values, weighted by how well it fits their keys: softmax(q k / sqrt d) v.
+    """softmax(q k / sqrt d) v: each query takes a mean of the values, weighted by how well it fits the keys.
 
-    q (B, H, T, d); k, v (B, G, S, d); mask (..., T, S), True where a query may look -> (B, H, T, d). H/G query
-    heads share a head of keys and values: for H = 4 and G = 2, keys [K1, K2] are used as [K1, K1, K2, K2].
+    q (B, H, T, d); k, v (B, G, S, d); mask (..., T, S), True where a query may look -> (B, H, T, d). H/G
+    query heads share a head of keys and values: for H = 4 and G = 2, [K1, K2] are used as [K1, K1, K2, K2].
     This is how a textbook writes it. attend() computes the same without holding all T x S scores.
     """
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, d)
@@ -92,7 +92,7 @@ def attention_as_written(q, k, v, mask):
 
 
 def attend(q, k, v, mask):
-    """attention_as_written() by PyTorch's fused function. Without a mask, a query sees what is not after it."""
+    """The same by PyTorch's fused function. Without a mask, a query sees itself and what is before it."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     # The heads that share keys become one head with all their queries, so the keys are read once. For single
@@ -294,4 +294,4 @@ if __name__ == "__main__":
     last = llama(llama.embed_tokens(tokens[:, 3:]), cache)
     print(f"read in two parts with a cache: differs by {(last - hidden[:, 3:]).abs().max():.1e}")
     keys, _ = cache.read(0)
-    print(f"the cache holds keys {tuple(keys.shape)} a layer, for {llama.config.num_attention_heads} query heads")
+    print(f"the cache holds keys {tuple(keys.shape)} in each layer")

@@ -49,9 +49,9 @@ def trainable_state(model):
 
 
 def load_trainable_state(model, state):
-    """Fills in what trainable_state() gave of a model built the same way. Strict: an error says what differs."""
+    """Fills in what trainable_state() gave of a model built the same way. An error says what differs."""
     if different := trainable_state(model).keys() ^ state.keys():
-        raise ValueError(f"{len(different)} trained tensors are only here or only there, e.g. {min(different)}")
+        raise ValueError(f"{len(different)} trained tensors are only on one side, e.g. {min(different)}")
     model.load_state_dict(state, strict=False)  # what does not train is not in it
 
 

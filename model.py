@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chat import IGNORE, Category, Chat, Scene
-from common import InputError, reading
+from common import reading
 from llama import Cache, Llama
 from lora import add_lora, load_trainable_state
 from vit import ViT
@@ -40,16 +40,16 @@ class CapeLLM(nn.Module):
         return F.linear(features.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
     def join(self, images, tokens):
-        """Photos and texts (B, T), BOS first -> the LLM's input (B, N + T, D): BOS, photo, text (equation 3)."""
+        """Photos, texts (B, T) -> the LLM's input (B, N + T, D): BOS, photo, rest of text (equation 3)."""
         text = self.llama.embed_tokens(tokens)
         return torch.cat((text[:, :1], self.see(images), text[:, 1:]), dim=1)
 
     def forward(self, images, tokens, labels, photo_of=None):
         """The training loss: averaged over the labels of each conversation, then over conversations.
 
-        images (B, 3, h, w), normalised. tokens (B, T): BOS, "\\n", a conversation, padding. labels (B, T): the
-        token itself where it is to be learned, else IGNORE. If they stay on the CPU, finding what is to be
-        learned does not wait for the GPU. photo_of (B,): which of fewer photos each conversation is about.
+        images (B, 3, h, w), normalised. tokens (B, T): BOS, "\\n", a conversation, padding. labels (B, T):
+        the token itself where it is to be learned, else IGNORE. If they stay on the CPU, finding what is
+        to be learned does not wait for the GPU. photo_of (B,): which of fewer photos each conversation is about.
 
         Token i > 0 is at position N + i, and read off the hidden state one position before. With N = 256:
 
@@ -69,8 +69,12 @@ class CapeLLM(nn.Module):
         targets, shares = labels[:, 1:][rows, columns], 1 / rows.bincount()[rows] / len(rows.unique())
         rows, columns, targets, shares = (
             t.to(hidden.device, non_blocking=True) for t in (rows, columns, targets, shares))
-        logits = self.llama.lm_head(hidden[rows, columns]).float()  # (labels, vocabulary) (equation 5)
-        return (F.cross_entropy(logits, targets, reduction="none") * shares).sum()
+        return (self.losses(hidden[rows, columns], targets) * shares).sum()
+
+    def losses(self, hidden, targets):
+        """Hidden states (R, D) and the tokens to be read off them (R,) -> their losses (R,) (equation 5)."""
+        logits = self.llama.lm_head(hidden).float()  # (R, vocabulary)
+        return F.cross_entropy(logits, targets, reduction="none")
 
     def read_behind_photos(self, images, tokens, photo_of):
         """Reads P photos once each, and B conversations as rows that share their keys and values.
@@ -120,14 +124,6 @@ def load_network(args, device="cpu", dtype=None):
     torch.manual_seed(args.seed)  # adapters and projection start alike in all processes
     dtype = DTYPES[dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
     Encoder, Network, make_chat = ViT, CapeLLM, Chat
-    with reading(args.vit):
-        if json.loads(Path(args.vit, "config.json").read_text())["model_type"] == "hiera":  # Table 4
-            from paper.hiera import Hiera as Encoder
-        vit = Encoder.load(args.vit, args.image_size, torch.float32 if args.tune_vit == "full" else dtype, device)
-    with reading(args.llm):
-        llama = Llama.load(args.llm, torch.float32 if args.tune_llm == "full" else dtype, device)
-    adapt(vit, args.tune_vit, ("q", "v"))
-    adapt(llama, args.tune_llm, ("q_proj", "v_proj"))
     if args.answer == "token":  # Table 8
         from paper.keypoint_token import KeypointChat as make_chat
         from paper.keypoint_token import KeypointLLM as Network
@@ -136,14 +132,26 @@ def load_network(args, device="cpu", dtype=None):
         chat = make_chat(args.llm, find_instruction(args.instruction, args.pretrain))
     else:
         chat = make_chat(args.llm)
+    with reading(config := Path(args.vit, "config.json"), "say with --vit where the ViT is"):
+        if json.loads(config.read_text())["model_type"] == "hiera":  # Table 4
+            from paper.hiera import Hiera as Encoder
+    with reading(args.vit):
+        of_vit = torch.float32 if args.tune_vit == "full" else dtype
+        vit = Encoder.load(args.vit, args.image_size, of_vit, device)
+    with reading(args.llm):
+        llama = Llama.load(args.llm, torch.float32 if args.tune_llm == "full" else dtype, device)
+    adapt(vit, args.tune_vit, ("q", "v"))
+    adapt(llama, args.tune_llm, ("q_proj", "v_proj"))
     return Network(vit, llama).to(device), chat
 
 
 def read_checkpoint(path):
-    """-> what train.py saved, a dictionary. The file may be a stranger's: torch loads it without running it."""
+    """-> what train.py saved, a dictionary. It may be a stranger's file: torch runs nothing of it."""
     with reading(path, "is it a checkpoint of train.py?"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("args", "descriptions", "model", "optimizer", "step")}
+        for key in "args", "descriptions", "model", "optimizer", "step":
+            checkpoint[key]  # KeyError if it is something else
+        return checkpoint
 
 
 def load_weights(model, checkpoint, path):

@@ -6,9 +6,9 @@ its sisters) and files with the names of the original release.
     photo (224 x 224) -> a grid of 16 x 16 patches -> [class token, patches] + positions, then registers
         -> [ x + ls1 * attention(norm1(x)) -> x + ls2 * mlp(norm2(x)) ] * n_layers -> norm -> the patch tokens
 
-q, k and v are separate layers here, since LoRA goes on q and v. This file needs no other. Letters: B photos, N
-patches, T tokens (class token, registers and patches), D width, H heads. `python vit.py` shows the shapes of a
-small one.
+q, k and v are separate layers here, since LoRA goes on q and v. This file needs no other. Letters: B photos,
+N patches, T tokens (class token, registers and patches), D width, H heads. `python vit.py` shows the shapes
+of a small one.
 """
 
 import json
@@ -155,7 +155,7 @@ class ViT(nn.Module):
     def load(cls, directory, image_size=224, dtype=torch.float32, device="cpu"):
         """Reads DIR/config.json and DIR/model.safetensors. Strict: torch names a missing or misshapen tensor.
 
-        image_size: pixels a side of the photos that it will see. ValueError if it is no multiple of the patches.
+        image_size: pixels a side of the photos that it will see. ValueError if not a multiple of patch_size.
         """
         directory = Path(directory)
         config = read_config(directory / "config.json")
