@@ -65,7 +65,7 @@ class Locator:
                 raise InputError(f"{value!r} is none of {choices}")
         self.model, self.chat, trained = load_trained(checkpoint, start_processes().device, llm, vit, dtype)
         args = Namespace(**trained["args"])
-        check_decoding(args, self.chat, decode)
+        check_decoding(self.chat, decode)
         self.locate, self.decode, self.size = choose_locate(args), decode, args.image_size
         self.sets = read_sets(trained["descriptions"], checkpoint, descriptions)
 
@@ -73,8 +73,8 @@ class Locator:
         """-> {name: Found}. For a list of photos, a list of these: they are asked about in one pass.
 
         photo: a path, a PIL image, the bytes of a file, an open file, or RGB pixels of uint8, an array or a
-        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height of it,
-        or None for the whole photo. A list of photos takes a list of boxes, and may take one of keypoints.
+        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height;
+        None for the whole photo. A list of photos takes a list of boxes, and may take one of keypoints.
         InputError for an unreadable photo, unknown keypoints or a box outside the photo.
         """
         if not isinstance(photo, (list, tuple)):
@@ -248,7 +248,7 @@ def parse_arguments(argv):
     if "--box" in argv[:-1]:  # -5,... after it would be taken for an option
         i = argv.index("--box")
         argv = [*argv[:i], "=".join(argv[i:i + 2]), *argv[i + 2:]]
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if not (args.list or args.serve):
         if not args.photos:
             parser.error("give a photo or a folder of photos")

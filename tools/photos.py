@@ -1,6 +1,7 @@
 """Photos and boxes as people have them: files of all kinds, folders, patterns, what a detector wrote."""
 
 import io
+import math
 import re
 import sys
 from collections import Counter
@@ -157,7 +158,8 @@ def read_boxes(path, folder, find_set, trained):
         sets = {kind: try_set(find_set, names.get(kind, kind)) for kind in kinds}
         for entry in entries:
             number, kind = str(entry["image_id"]), str(entry["category_id"])
-            box, category = read_box(path, entry), sets[kind]
+            numbers = [math.nan if number is None else float(number) for number in entry.get("bbox") or []]
+            box, category = read_box(*numbers) if numbers else None, sets[kind]
             if box is None or entry.get("iscrowd"):
                 left_out["without a box, or a crowd"] += 1
             elif number not in places:
