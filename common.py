@@ -188,5 +188,6 @@ def write_whole(path, contents):
         part.write_bytes(contents)
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
         raise InputError(f"{path}: cannot be written ({e})") from e

@@ -48,8 +48,8 @@ class CapeLLM(nn.Module):
         """The training loss: averaged over the labels of each conversation, then over conversations.
 
         images (B, 3, h, w), normalised. tokens (B, T): BOS, "\\n", a conversation, padding. labels (B, T):
-        the token itself where it is to be learned, else IGNORE. If they stay on the CPU, finding what is
-        to be learned does not wait for the GPU. photo_of (B,): which of fewer photos each conversation is about.
+        the token itself where it is to be learned, else IGNORE. If they stay on the CPU, looking what is to
+        be learned does not wait for the GPU. photo_of (B,): which photo each conversation is about.
 
         Token i > 0 is at position N + i, and read off the hidden state one position before. With N = 256:
 

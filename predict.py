@@ -243,8 +243,8 @@ def parse_arguments(argv):
     add("--dtype", choices=DTYPES, help="of frozen weights and of computing (default: as the device likes)")
     add("--serve", action="store_true", help="open a page to try it")
     add("--port", type=int, default=8000, help="of the page")
-    add("--host", default="127.0.0.1", help="of the page: by default it is for this computer only; 0.0.0.0 "
-        "opens it, without a password, to all that can reach this one")
+    add("--host", metavar="ADDRESS", help="open the page, without a password, to all that can reach this address "
+        "of the computer, 0.0.0.0 for any; by default it is for this computer only")
     if "--box" in argv[:-1]:  # -5,... after it would be taken for an option
         i = argv.index("--box")
         argv = [*argv[:i], "=".join(argv[i:i + 2]), *argv[i + 2:]]

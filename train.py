@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -44,6 +44,11 @@ from model import DTYPES, load_network, load_weights, read_checkpoint
 # -------------------------------------------------------------------------------------------------- settings
 
 
+def number_of_rounds(text):
+    """The type of --rounds."""
+    return text if text == "dynamic" else positive(text)
+
+
 def make_parser():
     parser = Parser(description="Fine-tunes CapeLLM. The defaults are the paper's.")
     add = parser.add_argument_group("recipe").add_argument
@@ -54,7 +59,8 @@ def make_parser():
     add("--warmup", type=float, default=0.03, metavar="X", help="share of steps in which it rises")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient; inf is any")
-    add("--rounds", default="4", metavar="N", help="keypoints asked in a conversation (Table 4), or dynamic")
+    add("--rounds", type=number_of_rounds, default=4, metavar="N",
+        help="keypoints asked in a conversation (Table 4), or dynamic")
     add("--seed", type=natural, default=42, metavar="N", help="of all that is random")
     add = parser.add_argument_group("network").add_argument
     add("--llm", default="weights/Llama-3.1-8B", metavar="DIR", help="the folder of its files")
@@ -102,11 +108,9 @@ def parse_arguments(argv):
         parser.set_defaults(**{key: trained[key] for key in ("llm", "vit", "image_size")})
         args = parser.parse_args(argv)
     if args.pretrain:
+        if args.validate or args.answer == "token":
+            parser.error("--pretrain locates nothing: leave out --validate and --answer")
         args.tune_vit = args.tune_llm = "frozen"
-    if args.rounds != "dynamic":
-        args.rounds = parser.parse_args(["--epochs", args.rounds]).epochs if args.rounds.isdecimal() else 0
-        if not args.rounds:
-            parser.error('--rounds is a whole number above 0, or "dynamic"')
     own = Path(args.data, "descriptions.json")
     args.descriptions = args.descriptions or str(own if own.exists() else "descriptions.json")
     name = f"split{args.split}" if args.data == parser.get_default("data") else Path(args.data).name
@@ -231,18 +235,23 @@ def save(path, **contents):
         raise InputError(f"{path}: cannot be written ({e}); free some space; the same command resumes") from e
 
 
+@contextmanager
 def catch_signals():
-    """-> a list to which the first Ctrl-C or SIGTERM adds its number. A second one ends it at once."""
-    caught = []
+    """Gives a list to which the first Ctrl-C or SIGTERM adds its number. A second one ends it at once."""
+    before, caught = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, []
 
     def note(number, _):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in signal.SIGINT, signal.SIGTERM:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as of a job in the background
             signal.signal(number, note)
-    return caught
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fit(args, process, model, optimizer, batches, steps, validation, texts, best):
@@ -255,51 +264,53 @@ def fit(args, process, model, optimizer, batches, steps, validation, texts, best
     # all processes have loaded and drawn the same weights
     learner = model if world == 1 else DistributedDataParallel(model, init_sync=False)
     parameters, folder = [p for p in model.parameters() if p.requires_grad], Path(args.out)
-    caught, log = catch_signals(), open(folder / "log.jsonl", "a", buffering=1) if rank == 0 else None
-    bar = tqdm(total=steps.stop, initial=steps.start, disable=rank > 0, dynamic_ncols=True)
+    log = open(folder / "log.jsonl", "a", buffering=1) if rank == 0 else None
     model.train()
-    for step in steps:
-        began, done = time.perf_counter(), step + 1
-        epoch, loss, n_tokens = add_gradients(model, learner, batches, step, args, process)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-        # all processes agree on the mean loss, and on whether to stop
-        sums = torch.stack([loss / world, torch.tensor(float(len(caught)), device=device)])
-        if world > 1:
-            dist.all_reduce(sums)
-        loss, is_stopped = sums.tolist()
-        if not math.isfinite(loss + norm):
-            raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}; the last checkpoint was not "
-                             "touched; start again with a lower --lr")
-        lr = learning_rate(step, steps.stop, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+    with (catch_signals() as caught,
+          tqdm(total=steps.stop, initial=steps.start, disable=rank > 0, dynamic_ncols=True) as bar):
+        for step in steps:
+            began, done = time.perf_counter(), step + 1
+            epoch, loss, n_tokens = add_gradients(model, learner, batches, step, args, process)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+            # all processes agree on the mean loss, and on whether to stop
+            sums = torch.stack([loss / world, torch.tensor(float(len(caught)), device=device)])
+            if world > 1:
+                dist.all_reduce(sums)
+            loss, is_stopped = sums.tolist()
+            if not math.isfinite(loss + norm):
+                raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}; the last checkpoint was not "
+                                 "touched; start again with a lower --lr")
+            lr = learning_rate(step, steps.stop, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
 
-        seconds = time.perf_counter() - began
-        line = {"step": done, "epoch": epoch + 1, "loss": loss, "lr": lr, "norm": norm, "seconds": seconds,
-                "tokens_per_second": round(n_tokens * world / seconds)}
-        if device.type == "cuda":
-            line["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        bar.set_postfix_str(f"loss {loss:.4f}, {line['tokens_per_second']:,} tokens/s")
-        bar.update()
-        is_last, is_best = done == steps.stop, False
-        if args.validate and (done % args.validate == 0 or is_last) and not is_stopped:
-            score, n = validation.measure(model)
-            line["PCK@0.2"] = score
-            bar.write(f"step {done}: PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
-            best, is_best = max(best, score), score > best
-        if rank == 0:
-            log.write(json.dumps(line) + "\n")
-            is_due = done % args.save_every == 0 or is_last or is_stopped
-            for name in ["best.pt"] * is_best + ["ckpt.pt"] * bool(is_due):
-                save(folder / name, args=vars(args), descriptions=texts, model=trainable_state(model),
-                     optimizer=optimizer.state_dict(), step=done, best=best)
-            if is_due:
-                from tools.curve import draw_curve
-                draw_curve(folder)
-        if is_stopped and not is_last:
-            return done, caught[0] if caught else signal.SIGTERM
+            seconds = time.perf_counter() - began
+            line = {"step": done, "epoch": epoch + 1, "loss": loss, "lr": lr, "norm": norm,
+                    "seconds": seconds, "tokens_per_second": round(n_tokens * world / seconds)}
+            if device.type == "cuda":
+                line["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            bar.set_postfix_str(f"loss {loss:.4f}, {line['tokens_per_second']:,} tokens/s")
+            bar.update()
+            is_last, is_best = done == steps.stop, False
+            if args.validate and (done % args.validate == 0 or is_last) and not is_stopped:
+                score, n = validation.measure(model)
+                line["PCK@0.2"] = score
+                if rank == 0:
+                    bar.write(f"step {done}: PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
+                best, is_best = max(best, score), score > best
+            if rank == 0:
+                log.write(json.dumps(line) + "\n")
+                is_due = done % args.save_every == 0 or is_last or is_stopped
+                for name in ["best.pt"] * is_best + ["ckpt.pt"] * bool(is_due):
+                    save(folder / name, args=vars(args), descriptions=texts, model=trainable_state(model),
+                         optimizer=optimizer.state_dict(), step=done, best=best)
+                if is_due:
+                    from tools.curve import draw_curve
+                    draw_curve(folder)
+            if is_stopped and not is_last:
+                return done, caught[0] if caught else signal.SIGTERM
     return steps.stop, 0
 
 
@@ -354,6 +365,8 @@ def main(argv):
     categories = parse_descriptions(texts, args.descriptions)
     instances = read_instances(annotation_file(args.data, args.split, "train"), categories)
     instances = keep_readable(instances, Path(args.data, "images"), categories, args.allow_missing)
+    if not instances:
+        raise InputError(f"{args.data}: no object to train on")
     checkpoint = find_run(args, texts)
     rounds = 4 if args.rounds == "dynamic" else args.rounds
     n_examples = sum(1 if args.pack else math.ceil(len(o.keypoints) / rounds) for o in instances)

@@ -14,6 +14,8 @@ from decode import answer, ask_photos, read, read_photos
 from paper import keypoint_token
 from paper.instructions import WHAT, ask_step_by_step
 
+LONGEST_NAME = 16  # tokens of an answer to what is in the photo; every name in descriptions.json has fewer
+
 
 def group_dynamically(n, rounds, rng):
     """Shuffles keypoints 0 ... n-1 and cuts them at random places into as many groups as fours would make.
@@ -45,7 +47,7 @@ def locate_in_turns(model, images, questions, chat, decode="greedy", constrained
     ask = keypoint_token.ask_photos if points else ask_photos
     conversations = read_photos(model, images, [chat.bos, *chat.newline])  # one row a photo
     if chat.instruction is ask_step_by_step:
-        words = AnswerFormat([], [], [chat.eos], max_tokens=16)
+        words = AnswerFormat([], [], [chat.eos], LONGEST_NAME)
         opening = [chat.encode(WHAT)] * len(images)
         said = answer(model.llama, conversations, range(len(images)), opening, words)
         go_on(model.llama, conversations, opening, [tokens for tokens, _ in said], words)

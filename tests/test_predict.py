@@ -264,7 +264,7 @@ def test_deep_pixels_are_scaled_or_refused(tmp_path):
     assert set(photos.open_photo(tmp_path / "16.png").getdata()) == {(100, 100, 100)}
     for kind in np.int32, np.float32:
         Image.fromarray(np.full((9, 9), 70000, kind)).save(tmp_path / "32.tif")
-        with pytest.raises(InputError, match="32.tif: cannot be read .*32 bits.*save it as JPEG or PNG"):
+        with pytest.raises(InputError, match="32.tif: cannot be read .*32 bits"):
             photos.open_photo(tmp_path / "32.tif")
 
 
