@@ -137,10 +137,9 @@ def read_predictions(path, instances, allow_missing):
             points[number] = [p if p is None else tuple(map(float, p)) for p in of_object]
             if not all(p is None or len(p) == 2 and math.isfinite(sum(p)) for p in points[number]):
                 raise InputError(f"{path}: annotation {number} has a point that is not two numbers")
-            K = annotated.get(number, len(of_object))
-            if len(of_object) != K:
-                raise InputError(
-                    f"{path}: annotation {number} has {len(of_object)} keypoints predicted, {K} annotated")
+            if len(of_object) != annotated.get(number, len(of_object)):
+                raise InputError(f"{path}: annotation {number} has {len(of_object)} keypoints predicted, "
+                                 f"{annotated[number]} annotated")
     known = [o for o in instances if o.annotation_id in points]
     absent, others = annotated.keys() - points, points.keys() - annotated
     if absent and not (known and allow_missing):
@@ -322,10 +321,13 @@ def read_subset(data, split, subset, categories):
 def read_categories(args, checkpoint):
     """-> {id: Category}: those of the checkpoint, replaced by those of --descriptions or in --data."""
     known = parse_descriptions(checkpoint["descriptions"], args.checkpoint) if checkpoint else {}
-    path = args.descriptions or Path(args.data or "", "descriptions.json")
-    if not args.descriptions and not (args.data and path.exists()):
-        path = None if known else find("descriptions.json")
-    return known | (parse_descriptions(read_json(path), path) if path else {})
+    own = Path(args.data, "descriptions.json") if args.data else None
+    path = args.descriptions or (own if own and own.exists() else None)
+    if checkpoint and not path:
+        return known
+    path = path or find("descriptions.json")
+    say(f"descriptions: {path}")
+    return known | parse_descriptions(read_json(path), path)
 
 
 def find_folder(args):

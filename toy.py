@@ -86,7 +86,8 @@ def print_table(out, others):
         return replace(instance, keypoints=instance.keypoints[order], visible=instance.visible[order])
 
     def read(folder):
-        return evaluate.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
+        _, points, _ = evaluate.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
+        return points
 
     rows = {
         "CapeLLM": (unseen, read(out)),

@@ -259,7 +259,8 @@ def test_a_photo_in_a_box_dragged_points_and_a_picture_out(page, locator):
         URL.createObjectURL = (blob) => { blobs.push(blob); return "data:,"; };
         HTMLAnchorElement.prototype.click = function () { files[this.download] = blobs.pop(); };
         $("save").click(); $("picture").click();
-        while (!files["creature-keypoints.png"]) await new Promise((done) => setTimeout(done, 20));
+        for (let n = 0; n < 200 && !files["creature-keypoints.png"]; n++)
+            await new Promise((done) => setTimeout(done, 20));
         return [await files["keypoints.json"].text(),
                 [...new Uint8Array(await files["creature-keypoints.png"].arrayBuffer())]]; })()""")
     assert json.loads(keypoints) == [{"photo": "creature.jpg", "box": box, "keypoints": [

@@ -1,4 +1,4 @@
-"""paper/: instructions as the paper shows them, turns against generate(), <KEYPOINT> by hand."""
+"""paper/: instructions as the paper shows them, turns against generate(), <KEYPOINT> by hand, whole runs."""
 
 import math
 from argparse import Namespace
@@ -7,16 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, runs
 from hypothesis import given
 from hypothesis import strategies as st
+from mp100 import make_wagons_and_kites
 from PIL import Image
+from programs import command_line, read_checkpoint, read_results, refused, to_train
 
+import evaluate
+import train
 from chat import IGNORE, AnswerFormat, Category, Chat, Scene, ask_with_description
 from common import InputError, read_json
 from data import Crop, Example, Instance, TrainingSet, collate, parse_descriptions
 from decode import Prediction
-from model import load_network
+from model import CapeLLM, load_network
 from paper import keypoint_token
 from paper.iccv import LONGEST_NAME, encode_in_turns, group_dynamically, locate_in_turns
 from paper.instructions import (
@@ -539,3 +544,115 @@ def test_a_point_is_read_off_the_keypoint_token_behind_its_question(tiny, cumula
 def test_no_question_has_no_keypoint_token(pointing):
     model, images, *_ = pointing
     assert keypoint_token.locate(model, images, [[], []], Namespace(bos=0)) == [[], []]
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def arguments(tiny, tmp_path):
+    """arguments("--lr", 1, out="a") -> a command line. 15 examples an epoch: 4 steps, the last filled up."""
+    data = make_wagons_and_kites(tmp_path / "data")
+
+    def make(*more, out="run"):
+        return to_train(tiny, data, tmp_path / out, "--rounds", 2, "--epochs", 1, *more)
+    return make
+
+
+def joined(tokens):
+    return f" {' '.join(map(str, tokens))} "
+
+
+VARIANTS = [*(["--instruction", name] for name in INSTRUCTIONS), ["--answer", "token"],
+            ["--answer", "token", "--instruction", "step"], ["--rounds", "dynamic"],
+            ["--pack", "--instruction", "step"]]
+
+
+@pytest.mark.parametrize("how", VARIANTS, ids=" ".join)
+def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(arguments, tmp_path, monkeypatch, how):
+    """Training's conversations, on their way into the network, hold the questions that evaluation asks."""
+    trained_on, asked, forward, choose = [], [], CapeLLM.forward, evaluate.choose_locate
+
+    def spy_on_training(model, *batch):
+        trained_on.append(batch)
+        return forward(model, *batch)
+
+    def spy_on_asking(trained, cumulative):
+        def locate(*args, **options):
+            asked.append(args)
+            return choose(trained, cumulative)(*args, **options)
+        return locate
+    monkeypatch.setattr(CapeLLM, "forward", spy_on_training)
+    monkeypatch.setattr(evaluate, "choose_locate", spy_on_asking)
+    monkeypatch.setattr("tools.draw.draw_sheet", lambda *_: None)  # it takes more time than all else
+    epochs = 4 if "list" in how or "outline" in how else 1  # each question must once be the first
+    train.main(arguments(*how, "--epochs", epochs))
+    conversations = [joined(row) for _, tokens, *_ in trained_on for row in tokens.tolist()]
+    labels = [row for _, _, labels, _ in trained_on for row in labels.tolist()]
+    assert any(label < IGNORE for row in labels for label in row) == ("token" in how)
+    assert all((photo_of is not None) == ("--pack" in how) for *_, photo_of in trained_on)
+    evaluate.main(command_line(tmp_path / "run" / "ckpt.pt"))
+    chat = asked[0][3]
+
+    questions = [question[len(chat.newline):] for _, _, of_photos, _ in asked
+                 for of_photo in of_photos for question in of_photo]
+    assert len(questions) == 24
+    known = [any(joined(question) in said for said in conversations) for question in questions]
+    assert all(known) or "diverse" in how or "diverse-outline" in how
+    opening = joined(chat.encode(WHAT))
+    assert all((opening in conversation) == ("step" in how) for conversation in conversations)
+    sizes = {sum(label != IGNORE for label in row) for row in labels}
+    assert "dynamic" not in how or len(sizes) > 2  # of conversations; by twos there are one or two questions
+
+    report, predictions = read_results(tmp_path / "run")
+    assert report["objects"] == 6
+    if "token" in how:
+        assert report["malformed"] == 0
+        assert all(p["confidence"] == [None] * len(p["keypoints"]) for p in predictions)
+        for option in ["--constrained"], ["--decode", "median"]:
+            assert "does not spell points" in refused(evaluate, [tmp_path / "run/ckpt.pt", *option])
+    else:
+        evaluate.main(command_line(tmp_path / "run" / "ckpt.pt", "--constrained"))
+        _, predictions = read_results(tmp_path / "run")
+        assert all(0 <= confidence <= 1 for p in predictions for confidence in p["confidence"])
+
+
+def test_hiera_is_recognised_checked_trained_and_evaluated(arguments, tmp_path, monkeypatch):
+    """Table 4. Four blocks of 2 x 2 mask units: four image tokens."""
+    size = dict(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], image_size=[64, 64])
+    transformers.HieraModel(transformers.HieraConfig(**size)).save_pretrained(tmp_path / "hiera")
+    run = arguments("--vit", tmp_path / "hiera", "--image-size", 64)
+    train.main([*run, "--check"])
+    monkeypatch.setattr("tools.draw.draw_sheet", lambda *_: None)
+    train.main(run)
+    weights = read_checkpoint(tmp_path / "run")["model"]
+    adapters = {f"vit.blocks.{i}.attn.{x}.lora_{matrix}" for i in range(4) for x in "qv" for matrix in "AB"}
+    assert {name for name in weights if name.startswith("vit")} == adapters
+    assert all(weights[name].any() for name in adapters)
+    assert weights["projection.weight"].shape == (32, 64)
+    evaluate.main(command_line(tmp_path / "run" / "ckpt.pt"))
+    report, _ = read_results(tmp_path / "run")
+    assert report["objects"] == 6
+
+
+@pytest.mark.parametrize("way", PRETRAINING)
+def test_pretraining_trains_the_projection_alone_and_a_run_goes_on_from_it(arguments, tmp_path, way):
+    """Table 9."""
+    fresh = dict(load_network(train.parse_arguments(arguments()))[0].named_parameters())
+    train.main(arguments("--pretrain", way, out="before"))
+    path, before = tmp_path / "before" / "ckpt.pt", read_checkpoint(tmp_path / "before")
+    assert before["model"].keys() == {"projection.weight", "projection.bias"}
+    assert before["args"]["tune_llm"] == before["args"]["tune_vit"] == "frozen"
+    assert not torch.equal(before["model"]["projection.weight"], fresh["projection.weight"])
+    assert load_network(Namespace(**before["args"]))[1].instruction is PRETRAINING[way]
+    assert "--init" in refused(evaluate, [path])
+
+    args = train.parse_arguments(arguments("--init-projection", path, out="after"))
+    model, *_ = train.load(args, torch.device("cpu"), None)
+    started = dict(model.named_parameters())
+    assert started.keys() == fresh.keys()
+    for name, value in started.items():
+        assert torch.equal(value, before["model"].get(name, fresh[name])), name  # adapters start as ever
+    train.main(arguments("--init-projection", path, out="after"))
+    after = read_checkpoint(tmp_path / "after")["model"]
+    assert after.keys() == trained(model).keys() and len(after) == 2 + 2 * 2 * 4  # and adapters
