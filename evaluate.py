@@ -170,9 +170,10 @@ def load_trained(path, device, llm=None, vit=None, dtype=None, checkpoint=None):
     llm, vit: where the published weights are, if they were moved since. dtype: see load_network().
     """
     checkpoint = checkpoint or read_trained(path)
-    args = Namespace(**checkpoint["args"])
-    args.llm, args.vit = find(llm or args.llm), find(vit or args.vit)
-    model, chat = load_network(args, device, dtype)
+    with reading(path, "is it a checkpoint of train.py?"):
+        args = Namespace(**checkpoint["args"])
+        args.llm, args.vit = find(llm or args.llm), find(vit or args.vit)
+        model, chat = load_network(args, device, dtype)
     load_weights(model, checkpoint, path)
     return model.eval(), chat, checkpoint
 

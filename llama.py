@@ -245,8 +245,9 @@ class Llama(nn.Module):
         """Reads DIR/config.json and DIR/*.safetensors. Strict: torch names a missing or misshapen tensor."""
         directory = Path(directory)
         config = read_config(directory / "config.json")
-        with torch.device("meta"):
+        with torch.device("meta"):  # where sizes are computed and nothing else
             model = cls(config)
+            model(torch.empty(1, 1, config.hidden_size))  # settings that do not go together show here
         state, index = {}, directory / "model.safetensors.index.json"
         files = {"model.safetensors"}
         if index.exists():  # large models come in several files

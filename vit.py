@@ -161,8 +161,9 @@ class ViT(nn.Module):
         config = read_config(directory / "config.json")
         if image_size % config.patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {config.patch_size}")
-        with torch.device("meta"):
+        with torch.device("meta"):  # where sizes are computed and nothing else
             model = cls(config)
+            model(torch.empty(1, 3, config.image_size, config.image_size))  # wrong settings show here
         state = {}
         with safe_open(directory / "model.safetensors", framework="pt", device=str(device)) as file:
             for key in file.keys():

@@ -17,8 +17,8 @@ ARROWS = {  # what files of the text import when they are imported
     "model": "chat common llama lora vit", "decode": "chat data llama model"}
 LATE = ["model", "train", "evaluate", "predict", "toy"]  # they import a room's file where it is wanted
 BUDGET = {  # lines; a tenth more is a failure, so that a budget is changed on purpose
-    "common": 200, "lora": 70, "llama": 310, "vit": 230, "chat": 170, "data": 320, "model": 180, "decode": 250,
-    "train": 410, "evaluate": 440, "predict": 300, "toy": 150}
+    "common": 200, "lora": 70, "llama": 300, "vit": 230, "chat": 170, "data": 330, "model": 180,
+    "decode": 250, "train": 410, "evaluate": 400, "predict": 300, "toy": 150}
 FILES = sorted(path for folder in (".", "tests", *ROOMS) for path in (ROOT / folder).glob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
