@@ -208,9 +208,11 @@ def read_keypoints(path):
 
 def parse_box(text):
     """ "x,y,w,h" -> four numbers; "" -> None, the whole photo. InputError for anything else."""
+    if not text.strip():
+        return None
     try:
-        x, y, w, h = map(float, text.split(",")) if text.strip() else [None] * 4
-        return None if x is None else (x, y, w, h)
+        x, y, w, h = map(float, text.split(","))
+        return x, y, w, h
     except ValueError:
         raise InputError(f'box "{text}": write x, y, width, height, four numbers') from None
 
@@ -243,7 +245,7 @@ def parse_arguments(argv):
     add("--dtype", choices=DTYPES, help="of frozen weights and of computing (default: as the device likes)")
     add("--serve", action="store_true", help="open a page to try it")
     add("--port", type=int, default=8000, help="of the page")
-    add("--host", metavar="ADDRESS", help="open the page, without a password, to all that can reach this address "
+    add("--host", metavar="ADDRESS", help="open the page, without a password, to all that reach this address "
         "of the computer, 0.0.0.0 for any; by default it is for this computer only")
     if "--box" in argv[:-1]:  # -5,... after it would be taken for an option
         i = argv.index("--box")
