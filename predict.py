@@ -56,7 +56,6 @@ class Locator:
     "median" or "mean". llm, vit: where the published weights are, if they were moved since the training.
     descriptions: a file of more keypoint sets; the checkpoint knows those of its training. dtype: "bf16" or
     "fp32", of the frozen weights and of computing; None for what suits the device.
-    InputError if one of them is not what it should be.
     """
 
     def __init__(self, checkpoint, decode="greedy", llm=None, vit=None, descriptions=None, dtype=None):
@@ -73,8 +72,8 @@ class Locator:
         """-> {name: Found}. For a list of photos, a list of these: they are asked about in one pass.
 
         photo: a path, a PIL image, the bytes of a file, an open file, or RGB pixels of uint8, an array or a
-        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height;
-        None for the whole photo. A list of photos takes a list of boxes, and may take one of keypoints.
+        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height, or None for
+        the whole photo. A list of photos takes a list of boxes, and may take a list of keypoints.
         InputError for an unreadable photo, unknown keypoints or a box outside the photo.
         """
         if not isinstance(photo, (list, tuple)):
@@ -136,9 +135,8 @@ def find_set(name, sets):
     alike = [one for one in sets if split_words(one) == words]
     if name in sets or alike:
         return sets[name if name in sets else alike[0]]
-    shared = [[one for one in sets if {*words} <= {*split_words(one)}],
-              [one for one in sets if {*words} > {*split_words(one)}]]
-    close = sum(shared, []) or difflib.get_close_matches(name.casefold(), sets, cutoff=0.7)
+    shared = [one for one in sets if {*words} <= {*split_words(one)} or {*words} > {*split_words(one)}]
+    close = shared or difflib.get_close_matches(name.casefold(), sets, cutoff=0.7)
     known = f"did you mean {' or '.join(close[:3])}? Or" if close else "--list shows those there are; or"
     raise InputError(f'"{name}": no such set of keypoints; {known} describe each: '
                      '"name: where it is and what is beside it"')
@@ -208,9 +206,11 @@ def read_keypoints(path):
 
 def parse_box(text):
     """ "x,y,w,h" -> four numbers; "" -> None, the whole photo. InputError for anything else."""
+    if not text.strip():
+        return None
     try:
-        x, y, w, h = map(float, text.split(",")) if text.strip() else [None] * 4
-        return None if x is None else (x, y, w, h)
+        x, y, w, h = map(float, text.split(","))
+        return x, y, w, h
     except ValueError:
         raise InputError(f'box "{text}": write x, y, width, height, four numbers') from None
 
@@ -240,10 +240,10 @@ def parse_arguments(argv):
     add("--decode", choices=DECODINGS, default="greedy", help="what to take of a coordinate's distribution")
     add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")
-    add("--dtype", choices=DTYPES, help="of frozen weights and of computing (default: as the device likes)")
+    add("--dtype", choices=DTYPES, help="of frozen weights and of computing; None is what suits the device")
     add("--serve", action="store_true", help="open a page to try it")
     add("--port", type=int, default=8000, help="of the page")
-    add("--host", metavar="ADDRESS", help="open the page, without a password, to all that can reach this address "
+    add("--host", metavar="ADDRESS", help="open the page, without a password, to all that reach this address "
         "of the computer, 0.0.0.0 for any; by default it is for this computer only")
     if "--box" in argv[:-1]:  # -5,... after it would be taken for an option
         i = argv.index("--box")

@@ -45,7 +45,9 @@ def open_photo(photo):
     is_path = isinstance(photo, (str, Path))
     if is_path and not Path(photo).is_file():
         raise InputError(f"{photo}: no such photo")
-    with reading(photo if is_path else "the image", "save it as JPEG or PNG"):
+    is_heic = is_path and Path(photo).suffix.lower() in (".heic", ".heif")
+    advice = "save it as JPEG or PNG" + ", or pip install pillow-heif" * is_heic
+    with reading(photo if is_path else "the image", advice):
         if isinstance(photo, (np.ndarray, torch.Tensor)):
             pixels = np.asarray(photo.cpu() if isinstance(photo, torch.Tensor) else photo)
             if pixels.dtype != np.uint8 or 0 in pixels.shape:
