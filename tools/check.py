@@ -229,7 +229,8 @@ def check_memory(args, model, n_processes):
     width = 2 if (args.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else 4  # bytes of a number
     trained, total = count(model, True), count(model, False)
     c = model.llama.config
-    positions = math.ceil(args.image_size / getattr(model.vit.config, "patch_size", 32)) ** 2 + 227  # of text
+    patches = math.ceil(args.image_size / getattr(model.vit.config, "patch_size", 32)) ** 2
+    positions = patches + 293  # of text, on average, with four rounds
     layers = 1 if args.checkpoint_activations else c.num_hidden_layers
     numbers = args.micro_batch * positions * layers * c.hidden_size * ACTIVATIONS / 2
     parts = {"frozen weights": (total - trained) * width,
