@@ -298,7 +298,7 @@ def test_a_variant_that_was_stopped_goes_on(out, calls, monkeypatch):
     calls.clear()
     [row] = compare(out, ("name", "--instruction name", 1))
     (first, resumed), (second, evaluated) = calls
-    assert first == "train.py" and resumed == ["--resume", f"{out}/name-0/ckpt.pt"]
+    assert first == "train.py" and resumed[-2:] == ["--out", f"{out}/name-0"]  # finished: trains no step
     assert second == "evaluate.py" and "median" in evaluated
     assert all(row)
 
