@@ -240,8 +240,22 @@ def calls(monkeypatch):
         programs[program](called[-1][1])
 
     monkeypatch.setattr(variants, "call", call)
-    monkeypatch.setattr(variants.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(variants, "ThreadPool", OneAfterAnother)  # only a main thread may catch signals
     return called
+
+
+class OneAfterAnother:
+    def __init__(self, n_threads):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def starmap(self, function, rows, chunksize):
+        return [function(*row) for row in rows]
 
 
 @pytest.fixture
