@@ -5,11 +5,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import bench
 import pytest
 import torch
 from checkpoints import edit_config
-
-import bench
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -4,12 +4,12 @@ import gzip
 import json
 import shutil
 
+import check
 import pytest
 import torch
 from mp100 import make_wagons_and_kites
 from programs import refused, to_train
 
-import check
 import train
 from llama import LlamaConfig
 from vit import ViTConfig

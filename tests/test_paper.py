@@ -447,7 +447,7 @@ def test_keypoint_token_is_new_and_embeddings_and_head_train(pointing, tiny):
 
 def last_state(model, image, tokens):
     """The hidden state after BOS, a photo and more tokens, the whole sequence read at once."""
-    return model.llama(model.join(image[None], torch.tensor([tokens])))[0, -1]
+    return model.llama(model.embed(image[None], torch.tensor([tokens])))[0, -1]
 
 
 def test_loss_of_a_keypoint_token_is_its_distance_and_of_words_the_usual(pointing):

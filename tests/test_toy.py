@@ -9,21 +9,21 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from annotations import Instance, read_descriptions, read_instances
+from checkpoint import load_chat, load_model, read_checkpoint
 from conftest import ROOT
+from metric import pck_of_queries
 from safetensors.torch import load_file
 
 import evaluate
 import toy
 import train
-from annotations import Instance, read_descriptions, read_instances
 from chat import Category
-from checkpoint import load_chat, load_model, read_checkpoint
 from common import InputError
 from data import crop_of, inside, normalize
 from decode import locate
 from evaluate import predict
 from llama import Llama
-from metric import pck_of_queries
 from toyworld import creatures, pretrain, sheets, variants
 from train import parse_arguments
 from vit import ViT
