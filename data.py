@@ -73,8 +73,8 @@ def read_instances(path, categories):
                                      "to the file of --descriptions")
                 category = categories[a["category_id"]]
                 if len(points) != len(category.keypoints) or not np.isfinite(points).all():
-                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints or one that is "
-                                     f"no number; {category.name} has {len(category.keypoints)} descriptions")
+                    raise InputError(f"{path}: annotation {a['id']}: {len(points)} keypoints, all of them "
+                                     f"numbers? {category.name} has {len(category.keypoints)} descriptions")
                 instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
                                           points[:, 2] > 0))
     return instances
@@ -172,6 +172,9 @@ def open_reduced(path, side, size):
 
 def to_rgb(photo):
     """A photo of any kind -> RGB, what is transparent on white, as viewers show it."""
+    low, high = photo.getextrema() if photo.mode in "FI" else (0, 0)
+    if photo.mode == "F" or low < 0 or high >= 2**16:
+        raise ValueError("floats or 32 bits a pixel have no known brightness; save it with 8 or 16")
     if photo.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
         photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
     if photo.has_transparency_data:

@@ -65,13 +65,13 @@ def pck_of_queries(instances, predicted):
 
 
 def pck_of_pairs(instances, predicted, category_ids):
-    """Earlier work's 60,000 support-query pairs: in 20 categories each 200 times a support and 15 queries.
+    """Earlier work's 60,000 support-query pairs: 20 categories x 200 draws of one support and 15 queries.
 
     Only keypoints visible in both count; a pair that shares none scores 0. CapeLLM's answers do not depend on
     the support. -> (pairs, 5), and the pairs, (support, query) indices of instances.
     """
     hits = [find_hits(o, points) for o, points in zip(instances, predicted)]
-    sampler, pairs = random.Random(1), []
+    sampler, pairs = random.Random(1), []  # earlier work's seed
     for category_id in category_ids:
         members = [i for i, o in enumerate(instances) if o.category_id == category_id]
         for _ in range(200 if members else 0):
@@ -81,7 +81,7 @@ def pck_of_pairs(instances, predicted, category_ids):
 
 
 def find_intervals(shares, objects):
-    """The 95 % interval of each column's mean, by drawing as many objects anew 2,000 times (bootstrap).
+    """The 95 % interval of each column's mean. Bootstrap: the objects are drawn anew 2,000 times.
 
     shares (rows, 6); objects (rows,): the one that each row is about -> (6, 2).
     """
@@ -137,10 +137,9 @@ def read_predictions(path, instances, allow_missing):
             points[number] = [p if p is None else tuple(map(float, p)) for p in of_object]
             if not all(p is None or len(p) == 2 and math.isfinite(sum(p)) for p in points[number]):
                 raise InputError(f"{path}: annotation {number} has a point that is not two numbers")
-            K = annotated.get(number, len(of_object))
-            if len(of_object) != K:
-                raise InputError(
-                    f"{path}: annotation {number} has {len(of_object)} keypoints predicted, {K} annotated")
+            if len(of_object) != annotated.get(number, len(of_object)):
+                raise InputError(f"{path}: annotation {number} has {len(of_object)} keypoints predicted, "
+                                 f"{annotated[number]} annotated")
     known = [o for o in instances if o.annotation_id in points]
     absent, others = annotated.keys() - points, points.keys() - annotated
     if absent and not (known and allow_missing):
@@ -171,9 +170,10 @@ def load_trained(path, device, llm=None, vit=None, dtype=None, checkpoint=None):
     llm, vit: where the published weights are, if they were moved since. dtype: see load_network().
     """
     checkpoint = checkpoint or read_trained(path)
-    args = Namespace(**checkpoint["args"])
-    args.llm, args.vit = find(llm or args.llm), find(vit or args.vit)
-    model, chat = load_network(args, device, dtype)
+    with reading(path, "is it a checkpoint of train.py?"):
+        args = Namespace(**checkpoint["args"])
+        args.llm, args.vit = find(llm or args.llm), find(vit or args.vit)
+        model, chat = load_network(args, device, dtype)
     load_weights(model, checkpoint, path)
     return model.eval(), chat, checkpoint
 
@@ -284,8 +284,8 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("checkpoint", nargs="?", help="what train.py wrote")
     add("--score", metavar="JSON", help="score these predictions instead")
-    add("--data", metavar="DIR", help="MP-100, or what tools/own.py made; None: the training's")
-    add("--split", type=positive, metavar="N", help="of MP-100, 1 to 5; None: the training's")
+    add("--data", metavar="DIR", help="MP-100, or what tools/own.py made; by default the training's")
+    add("--split", type=positive, metavar="N", help="of MP-100, 1 to 5; by default the training's")
     add("--subset", choices=["train", "val", "test"], default="test", help="of the split")
     add("--descriptions", metavar="JSON", help="texts that replace those of the same category")
     add("--allow-missing", action="store_true", help="leave out objects whose photo or prediction is missing")
@@ -295,12 +295,12 @@ def parse_arguments(argv):
         "conversation, the model's own answers among the questions")
     add("--llm", metavar="DIR", help="where its weights are, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")
-    add("--dtype", choices=DTYPES, help="of frozen weights and computing; None: bf16 on CUDA, else fp32")
+    add("--dtype", choices=DTYPES, help="of frozen weights and computing; by default bf16 on CUDA, else fp32")
     add("--batch", type=positive, default=128, metavar="N", help="questions at a time: memory against speed")
     add("--workers", type=natural, default=2, metavar="N", help="processes that read photos, for each GPU")
     add("--protocol", choices=["query", "pairs"], default="query", help="each object, or support-query pairs")
-    add("--out", metavar="DIR", help="folder of the results; None: the checkpoint's")
-    add("--report", metavar="JSON", help="where the report goes; None: report.json in --out")
+    add("--out", metavar="DIR", help="folder of the results; by default the checkpoint's")
+    add("--report", metavar="JSON", help="where the report goes; by default report.json in --out")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.score):
         parser.error("give either a checkpoint or --score predictions.json")
@@ -321,10 +321,13 @@ def read_subset(data, split, subset, categories):
 def read_categories(args, checkpoint):
     """-> {id: Category}: those of the checkpoint, replaced by those of --descriptions or in --data."""
     known = parse_descriptions(checkpoint["descriptions"], args.checkpoint) if checkpoint else {}
-    path = args.descriptions or Path(args.data or "", "descriptions.json")
-    if not args.descriptions and not (args.data and path.exists()):
-        path = None if known else find("descriptions.json")
-    return known | (parse_descriptions(read_json(path), path) if path else {})
+    own = Path(args.data, "descriptions.json") if args.data else None
+    path = args.descriptions or (own if own and own.exists() else None)
+    if checkpoint and not path:
+        return known
+    path = path or find("descriptions.json")
+    say(f"descriptions: {path}")
+    return known | parse_descriptions(read_json(path), path)
 
 
 def find_folder(args):
@@ -356,9 +359,9 @@ def main(argv):
             write_json(args.report, report)
         return
 
-    facts["without photo"], out = len(instances), find_folder(args)
-    instances = keep_readable(instances, images, categories, args.allow_missing)
-    facts["without photo"] -= len(instances)
+    kept, out = keep_readable(instances, images, categories, args.allow_missing), find_folder(args)
+    facts["without photo"] = len(instances) - len(kept)
+    instances = kept
     points, confidences = ask_checkpoint(args, checkpoint, instances, categories, images, out)
     if not is_first():
         return

@@ -19,8 +19,7 @@ The trick is the order of the tokens: unit by unit, and within a unit along a Z-
 
 It reads the hub's files (facebook/hiera-large-224-hf and its sisters). q, k and v are separate layers here,
 since LoRA goes on q and v. This file needs no other. Letters: B photos, N tokens, D width, H heads, U mask
-units side by side, S tokens that attend to each other. `python -m paper.hiera` shows the order, and the shapes
-of a small one.
+units side by side, S tokens that attend to each other. `python -m paper.hiera` shows shapes.
 """
 
 import json

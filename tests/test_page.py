@@ -19,8 +19,10 @@ from PIL import Image
 
 from chat import Category
 from common import InputError
-from locator import Locator, open_photo, round_off
+from predict import Locator
 from tools import page as page_module
+from tools.photos import open_photo
+from tools.results import round_off
 
 CREATURE = ROOT / "assets/toy/creature.jpg"
 JPEG, BOX = CREATURE.read_bytes(), (70, 52, 125, 112)
@@ -101,7 +103,8 @@ def test_skeletons_and_points_without_coordinates():
     pet = Category("pet", [("nose", "the tip"), ("tail", "the end")], [(0, 1)])
     with serving(Stub({"pet": pet}, x=None, y=None)) as port:
         _, answer = locate(port, encode(SMALL), "nose: the very tip\ntail: the end")
-        assert answer["points"][1] == {"name": "tail"} | dict.fromkeys(PARTS) and answer["skeleton"] == [[0, 1]]
+        assert answer["points"][1] == {"name": "tail"} | dict.fromkeys(PARTS)
+        assert answer["skeleton"] == [[0, 1]]
         assert locate(port, encode(SMALL), "tail: the end\nnose: the tip")[1]["skeleton"] == []
 
 
@@ -187,7 +190,7 @@ def test_another_name_than_this_computers_is_refused(port, host, is_refused):
 @pytest.mark.parametrize("host", [None, "0.0.0.0"])
 def test_it_serves_this_computer_only_unless_told(monkeypatch, capsys, host):
     def serve_forever(server):
-        assert server.server_address[0] == host or "127.0.0.1"
+        assert server.server_address[0] == (host or "127.0.0.1")
         threading.Thread(target=lambda: [server.handle_request() for _ in range(2)], daemon=True).start()
         assert ask(server.server_port, "GET", "/")[1] == (ROOT / "tools/page.html").read_bytes()
         assert ask(server.server_port, "GET", "/", Host="my-computer")[0] == (200 if host else 403)
@@ -258,7 +261,8 @@ def test_a_photo_in_a_box_dragged_points_and_a_picture_out(page, locator):
         URL.createObjectURL = (blob) => { blobs.push(blob); return "data:,"; };
         HTMLAnchorElement.prototype.click = function () { files[this.download] = blobs.pop(); };
         $("save").click(); $("picture").click();
-        while (!files["creature-keypoints.png"]) await new Promise((done) => setTimeout(done, 20));
+        for (let n = 0; n < 200 && !files["creature-keypoints.png"]; n++)
+            await new Promise((done) => setTimeout(done, 20));
         return [await files["keypoints.json"].text(),
                 [...new Uint8Array(await files["creature-keypoints.png"].arrayBuffer())]]; })()""")
     assert json.loads(keypoints) == [{"photo": "creature.jpg", "box": box, "keypoints": [

@@ -1,23 +1,34 @@
-"""predict.py: photos, folders and boxes in; lines, pictures and tables out."""
+"""predict.py: keypoints in words, photos of all forms, and what the command line prints and leaves."""
 
 import csv
+import io
 import json
 import re
-from dataclasses import replace
-from pathlib import Path
+import sys
+from argparse import Namespace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from mp100 import KITE
 from PIL import Image
-from programs import command_line, refused, train_briefly
-from pycocotools.coco import COCO
+from programs import command_line, know_answers, read_results, refused, train_briefly
 
+import decode
+import evaluate
 import predict
-from common import read_json
-from locator import Found, Locator
+from common import InputError, read_json
+from data import Crop
+from predict import Locator, find_set, make_category, parse_box, parse_keypoints
+from tools import photos
 
 TIP = ["-k", "tip: the upper end"]
+SETS = {"eyes": make_category([("left eye", "the one: on the left, of two")]),
+        "a: b": make_category([("ear", "above")]), "ears": make_category([("ear", "above the eye")])}
+BOX = 10, 15, 55, 49  # as evaluate.py clips that of the annotations
+TURN = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
 
 
 @pytest.fixture(scope="module")
@@ -26,221 +37,345 @@ def folder(tiny, tmp_path_factory):
     return train_briefly(tiny, tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(scope="module")
+def kites(folder):
+    return Locator(folder / "ckpt.pt", decode="median")
+
+
 @pytest.fixture
-def photos(folder):
-    return folder / "data" / "images" / "kite"  # 1.jpg, 3.jpg, 5.jpg
+def constrained(kites, monkeypatch):
+    """Holds all answers to the format: a barely trained network's are malformed."""
+    monkeypatch.setattr(kites, "locate", partial(decode.locate, constrained=True))
+
+
+@pytest.fixture
+def kite_photos(folder):
+    return folder / "data" / "images" / "kite"  # 1.jpg, of 110 x 80 pixels, 3.jpg, 5.jpg
+
+
+@pytest.fixture
+def photo(kite_photos):
+    return kite_photos / "1.jpg"
 
 
 @pytest.fixture
 def answered(monkeypatch):
-    """Gives the program a Locator whose answers are known: keypoint k is at 0.1 + 0.2 k of the photo."""
-    def answer(self, photo, category, box=None):
-        places = [(photo.width * (0.1 + 0.2 * k), photo.height * (0.1 + 0.2 * k)) for k in range(9)]
-        return {name: Found(*place, 0.9 - 0.3 * k, torch.ones(1000), torch.ones(1000), (0, 0, photo.width))
-                for k, ((name, _), place) in enumerate(zip(category.keypoints, places))}
-    monkeypatch.setattr(Locator, "__call__", answer)
+    return know_answers(monkeypatch)
 
 
-def rows_of(table):
-    """-> [(x, y, confidence, name), ...] of what the program printed."""
-    found = re.findall(r"^ *(-?\d+\.\d) +(-?\d+\.\d) +(\S+)  (.+)$", table, re.M)
-    return [(float(x), float(y), confidence, name) for x, y, confidence, name in found]
+def read_table(path):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return list(csv.reader(file))
 
 
-def test_one_photo_is_printed_and_nothing_is_written_unasked(folder, photos, answered, monkeypatch, capsys,
+def places(points):
+    return [(p.x, p.y, p.confidence) for p in points.values()]
+
+
+# -------------------------------------------------------------------------------------------------- keypoints
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("nose: the tip", [("nose", "the tip")]),
+    ("left eye: beside the nose, nose: the tip", [("left eye", "beside the nose"), ("nose", "the tip")]),
+    ("nose:the tip,mouth:below", [("nose", "the tip"), ("mouth", "below")]),
+    ("nose: black, shiny, wet, mouth: below", [("nose", "black, shiny, wet"), ("mouth", "below")]),
+    ("nose: the tip: black", [("nose", "the tip: black")]),
+    ("heart: the red one; horn: the sharp end", [("heart", "the red one"), ("horn", "the sharp end")]),
+    ("heart: red, see note: it is; horn: sharp", [("heart", "red, see note: it is"), ("horn", "sharp")]),
+    ("heart: the red one\n\nhorn: the end,\n", [("heart", "the red one"), ("horn", "the end,")]),
+    ("time 10:30: the knob at half past ten", [("time 10:30", "the knob at half past ten")]),
+    ("knob: at 10, 12:30 is opposite", [("knob", "at 10, 12:30 is opposite")]),
+    ("\u9f3b: the tip, \u00e9t\u00e9: warm", [("\u9f3b", "the tip"), ("\u00e9t\u00e9", "warm")]),
+    ("eyes", [("left eye", "the one: on the left, of two")]), ("Eyes", SETS["eyes"].keypoints),
+    ("a: b", [("ear", "above")]), ({"nose": " the tip "}, [("nose", "the tip")]), (KITE, KITE.keypoints)])
+def test_keypoints_are_split_where_a_name_begins(text, expected):
+    assert parse_keypoints(text, SETS).keypoints == expected
+
+
+@pytest.mark.parametrize("text, message", [
+    ("eye", '"eye": no such set of keypoints; did you mean eyes'), ("eyess", "did you mean eyes"),
+    ("zzz", '"zzz": no such set of keypoints; --list shows those there are; or describe each: "name: '),
+    ("nose,left eye: the eye on the left", 'keypoint "nose" has no description: write "name: where it is"'),
+    ("nose; left eye: the eye on the left", 'keypoint "nose" has no description: write "name: where it is"'),
+    ("eye:, nose: tip", "lacks a name or a description"), (": the tip", "lacks a name or a description"),
+    (";: ;", "lacks a name or a description"), ("eye: left; eye: right", 'two keypoints are named "eye"'),
+    ("nowhere.json", "nowhere.json: no such file"), ("nowhere.txt", "nowhere.txt: no such file"),
+    (["tip"], 'keypoints are {"name"'), (None, 'keypoints are {"name"'), ({}, "no keypoint is asked for"),
+    ({"tip": None}, "None is not a text"), ({3: "the end"}, "3 is not a text")])
+def test_keypoints_that_are_not_understood(text, message):
+    with pytest.raises(InputError) as error:
+        parse_keypoints(text, SETS)
+    assert message in str(error.value)
+
+
+def test_keypoints_from_files(tmp_path):
+    def read(name, content):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        return parse_keypoints(str(tmp_path / name), SETS).keypoints
+    assert read("k.json", json.dumps({"nose": "the tip", "eye: left": "above; beside"})) == [
+        ("nose", "the tip"), ("eye: left", "above; beside")]
+    for name, mark in ("k.txt", ""), ("K.TXT", ""), ("marked.txt", "\ufeff"):
+        assert read(name, f"{mark}nose: the tip, black: shiny\n\neye: above; beside\n") == [
+            ("nose", "the tip, black: shiny"), ("eye", "above; beside")]
+    assert read("marked.JSON", '\ufeff{"nose": "the tip"}') == [("nose", "the tip")]
+    for name, content, message in (("k.json", "{}", "no keypoint is asked for"), ("k.json", "{", "cannot be"),
+                                   ("k.json", "[]", "holds a list, not"), ("k.json", '{"nose": 3}', "3 is"),
+                                   ("k.txt", "nose: the tip\neye\n", 'keypoint "eye" has no description')):
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: {message}"):
+            read(name, content)
+
+
+def test_the_checkpoint_knows_its_own_sets_beside_those_of_descriptions_json(kites):
+    assert kites.sets["kite"].keypoints == KITE.keypoints
+    assert len(kites.sets["person"].keypoints) == 17
+    assert kites.sets["horse_body"].keypoints == kites.sets["animal_body"].keypoints
+    assert kites.sets["animal_body"].name == "animal_body"
+
+
+@pytest.mark.parametrize("name, meant", [
+    ("cat", "did you mean cat_body? Or"), ("dog", "did you mean dog_body? Or"), ("human", "--list shows"),
+    ("human face", "did you mean face? Or"), ("kites", "did you mean kite? Or"),
+    ("Polar-Bear", "did you mean polar_bear_body? Or")])
+def test_suggestions_share_a_word_with_what_was_asked(kites, name, meant):
+    with pytest.raises(InputError, match=re.escape(meant)):
+        find_set(name, kites.sets)
+
+
+def test_upper_and_lower_case_are_the_same(kites):
+    assert find_set("Person", kites.sets) == kites.sets["person"]
+    assert find_set("cat Body", kites.sets).keypoints == kites.sets["animal_body"].keypoints
+
+
+# ---------------------------------------------------------------------------------------------------- Locator
+
+
+def test_points_and_distributions_are_those_of_the_evaluation(folder, kites, photo, constrained, tmp_path):
+    evaluate.main(command_line(folder / "ckpt.pt", "--workers", 0, "--out", tmp_path, "--constrained",
+                               "--decode", "median"))
+    [expected] = [p for p in read_results(tmp_path)[1] if p["annotation_id"] == 101]
+    points = kites(photo, dict(KITE.keypoints), BOX)
+    assert list(points) == ["tip", "tail", "left corner"]
+    for p, point, confidence in zip(points.values(), expected["keypoints"], expected["confidence"]):
+        assert (p.x, p.y) == pytest.approx(point)
+        assert round(p.confidence, 2) == confidence
+        assert p.square == (10, 12, 55)  # around the box's middle, as wide as its longer side
+        for distribution in p.x_distribution, p.y_distribution:
+            assert distribution.shape == (1000,) and distribution.sum() == pytest.approx(1, abs=1e-3)
+        middle = (p.x_distribution.cumsum(0) < 0.5).sum() / 1000
+        assert p.x == pytest.approx(10 + 55 * middle, abs=55 / 1000 + 1e-6)
+        assert len(repr(p)) < 200  # without the distributions
+
+
+def test_photos_of_all_forms_are_alike(kites, photo, constrained, tmp_path):
+    picture = Image.open(photo).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    pixels, data = np.array(picture), (tmp_path / "photo.png").read_bytes()
+    tensor = torch.from_numpy(pixels)
+    expected = places(kites(photo, "kite", BOX))
+    for form in (str(photo), picture, pixels, data, io.BytesIO(data), open(photo, "rb"), tensor,
+                 tensor.permute(2, 0, 1), pixels.transpose(2, 0, 1)):
+        assert places(kites(form, "kite", BOX)) == expected
+    assert places(kites(pixels[..., ::-1], "kite", BOX)) != expected  # blue first
+
+
+def test_photos_in_one_pass_are_answered_as_one_by_one(kites, kite_photos, constrained, monkeypatch):
+    """With keypoints and boxes of their own."""
+    paths, words = sorted(kite_photos.iterdir()), ["kite", "wagon", {"tip": "the upper end"}]
+    boxes = [BOX, None, (0, 0, 30, 40)]
+    alone = [places(kites(*one)) for one in zip(paths, words, boxes)]
+    passes = []
+    monkeypatch.setattr(kites, "locate", lambda model, images, *rest, ask=kites.locate, **how: (
+        passes.append(len(images)) or ask(model, images, *rest, **how)))
+    for some in boxes, np.array([BOX] * 3):
+        together = kites(paths, words, some)
+        assert [list(points) for points in together] == [
+            ["tip", "tail", "left corner"], ["front wheel", "rear wheel", "roof", "shaft", "lamp"], ["tip"]]
+    for points, expected in zip(kites(paths, words, boxes), alone):
+        assert np.allclose(places(points), expected, atol=1e-4)
+    assert len(kites(tuple(paths), "kite")) == 3 and passes == [3] * 4
+    for slip in (paths, words, boxes[:2]), (paths, words[:2]), ([], "kite"), (paths, "kite", BOX):
+        with pytest.raises(InputError):
+            kites(*slip)
+
+
+def test_words_may_be_given_as_a_text(kites, photo, constrained):
+    asked = {"tip": "the upper end", "tail": "below; far"}
+    assert places(kites(photo, "tip: the upper end\ntail: below, far")) == places(
+        kites(photo, asked | {"tail": "below, far"}))
+
+
+def test_without_a_box_the_whole_photo_is_looked_at(kites, photo):
+    points = kites(photo, "kite")
+    assert points["tip"].square == (0, -15, 110)
+    assert (points["tip"].x, points["tip"].y) == (None, None)  # malformed
+    assert kites(photo, "kite", np.array([1, 2, 30, 40]))["tip"].square == (-4, 2, 40)
+    assert kites(photo, "kite", (-5, -5, 200, 200))["tip"].square == (-5, -5, 200)  # over the edge
+    assert kites(photo, "kite", (109, 79, 9, 9))["tip"].square == (109, 79, 9)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8, 0, 9, 77])
+def test_a_phones_photo_is_turned_upright(kites, constrained, tmp_path, orientation):
+    """A photo with an EXIF turn gives the answers of the photo that a viewer shows."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    lying, exif = Image.fromarray(noise), Image.Exif()
+    exif[0x0112] = orientation
+    lying.save(tmp_path / "phone.png", exif=exif)
+    upright = lying.transpose(TURN[orientation]) if orientation in TURN else lying
+    assert np.array_equal(photos.open_photo(tmp_path / "phone.png"), upright)
+    box = (5, 10, 50, 40)
+    assert places(kites(tmp_path / "phone.png", "kite", box)) == places(kites(upright, "kite", box))
+
+
+def test_what_is_transparent_lies_on_white(tmp_path):
+    clear = np.zeros((4, 4, 4), np.uint8)  # black, were it not transparent
+    clear[1, 1] = 9, 8, 7, 255
+    Image.fromarray(clear).save(tmp_path / "cutout.png")
+    Image.fromarray(clear[..., [0, 3]], "LA").save(tmp_path / "grey.png")
+    Image.fromarray(clear).quantize(4).save(tmp_path / "palette.png")
+    for name, dot in ("cutout.png", [9, 8, 7]), ("grey.png", [9, 9, 9]), ("palette.png", [9, 8, 7]):
+        pixels = np.array(photos.open_photo(tmp_path / name))
+        assert pixels[1, 1].tolist() == dot and (pixels[0] == 255).all()
+
+
+def test_deep_pixels_are_scaled_or_refused(tmp_path):
+    Image.fromarray(np.full((9, 9), 257 * 100, np.uint16)).save(tmp_path / "16.png")
+    assert (np.array(photos.open_photo(tmp_path / "16.png")) == 100).all()
+    for kind in np.int32, np.float32:
+        Image.fromarray(np.full((9, 9), 70000, kind)).save(tmp_path / "32.tif")
+        with pytest.raises(InputError, match="32.tif: cannot be read .*32 bits"):
+            photos.open_photo(tmp_path / "32.tif")
+
+
+def test_large_photos_are_averaged_as_in_an_evaluation(kites, tmp_path):
+    """Pixels of the crop must not depend on who reads the photo: a PNG is read alike by both."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    crop, pixels = kites.crop(tmp_path / "large.png", (100, 50, 700, 400))
+    assert crop == Crop(450, 250, 700)
+    assert torch.equal(pixels, crop.cut(tmp_path / "large.png", 56))
+
+
+def test_backbones_may_have_moved_or_be_beside_the_program(folder, photo, tiny, tmp_path, monkeypatch):
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    checkpoint["args"] |= {"llm": "gone/llm", "vit": "gone/vit"}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match="gone/"):
+        Locator(tmp_path / "ckpt.pt")
+    assert Locator(tmp_path / "ckpt.pt", llm=tiny / "llm", vit=tiny / "vit")(photo, "kite")
+    monkeypatch.chdir(tmp_path)  # from where the toy's own backbones, assets/toy/..., are not seen
+    assert Locator(ROOT / "assets/toy/ckpt.pt")(photo, {"tip": "the sharp end"})
+
+
+@pytest.mark.parametrize("box, says", [
+    *((box, "lies outside the photo, which is 110 x 80 pixels, or is empty") for box in (
+        (110, 0, 9, 9), (0, 80, 9, 9), (-9, 0, 9, 9), (0, -9, 9, 9), (0, 0, 9, 0), (0, 0, 0, 9),
+        (500, 0, 9, 9), (float("nan"), 0, 9, 9), (0, 0, float("inf"), 9), (-float("inf"), 0, 9, 9))),
+    ((1, 2, 3), "box (1, 2, 3) is not x, y, width and height, four numbers"), (7, "box 7 is not x, y"),
+    (("a", 2, 3, 4), "is not x, y, width and height")])
+def test_boxes_that_are_none(kites, photo, box, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        kites(photo, "kite", box)
+
+
+def test_what_is_no_photo_is_refused(kites, tmp_path):
+    for content in b"GIF89a", b"P6 3 x 255 ", b"P6 90000 90000 255 ":
+        (tmp_path / "photo").write_bytes(content)
+        with pytest.raises(InputError, match=f"^{tmp_path}/photo: cannot be read .*save it as JPEG or PNG"):
+            kites(tmp_path / "photo", "kite")
+        with pytest.raises(InputError, match="^the image: cannot be read"):
+            kites(content, "kite")
+    with pytest.raises(InputError, match="nowhere.jpg: no such photo"):
+        kites("nowhere.jpg", "kite")
+    for pixels in (np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8), torch.zeros(3, 9, 9),
+                   torch.zeros(3, 9, 9, dtype=torch.bfloat16), torch.zeros(3, 9, 9, dtype=torch.int64)):
+        with pytest.raises(InputError, match="is not a photo; .h, w, 3. of uint8 is|cannot be read"):
+            kites(pixels, "kite")
+    for other in 7, None, object():
+        with pytest.raises(InputError):
+            kites(other, "kite")
+    for shape in (60, 90), (60, 90, 4):
+        assert kites(np.zeros(shape, np.uint8), "kite").keys() == {"tip", "tail", "left corner"}
+
+
+def test_misspelt_choices_and_other_checkpoints_are_refused(folder, tiny, tmp_path):
+    for choice in {"decode": "medain"}, {"dtype": "fp16"}:
+        [word] = choice.values()
+        with pytest.raises(InputError, match=f"^'{word}' is none of "):
+            Locator(folder / "ckpt.pt", **choice)
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.save(checkpoint | {"args": checkpoint["args"] | {"pretrain": "direct"}}, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match="--pretrain, which locates nothing"):
+        Locator(tmp_path / "ckpt.pt")
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def test_one_photo_is_printed_and_nothing_is_written_unasked(folder, photo, answered, monkeypatch, capsys,
                                                              tmp_path):
     monkeypatch.chdir(tmp_path)
-    predict.main(command_line(folder / "ckpt.pt", photos / "1.jpg", *TIP, "-k", "tail: below; far, from it"))
+    argv = [folder / "ckpt.pt", *TIP, photo, "--box", "-1,2,30.5,40", "-k", "tail: below; far, off"]
+    predict.main(command_line(*argv))
     assert capsys.readouterr().out.splitlines() == [
         "        x        y  confidence  keypoint",
         "     11.0      8.0        0.90  tip",  # of 110 x 80 pixels
         "     33.0     24.0        0.60  tail"]
     assert not list(tmp_path.iterdir())
+    words = [("tip", "the upper end"), ("tail", "below; far, off")]
+    assert answered == [([(110, 80)], [words], [(-1, 2, 30.5, 40)])]
 
 
-def test_a_folder_of_photos(folder, photos, answered, tmp_path, capsys):
-    """Two photos of one name in two folders do not overwrite each other's picture."""
+def test_folders_within_folders_and_patterns(folder, kite_photos, answered, tmp_path, capsys):
+    """Two photos of one name do not overwrite each other's picture, and what was drawn is no photo."""
     other = tmp_path / "more"
-    other.mkdir()
-    Image.new("RGB", (200, 100)).save(other / "1.png")
+    (other / "deep" / "er").mkdir(parents=True)
+    (other / ".hidden").mkdir()
+    for name in "deep/er/1.png", "z.WEBP", ".hidden/a.png":
+        Image.new("RGB", (200, 100)).save(other / name)
     (other / "notes.doc").write_text("no photo")
-    predict.main(command_line(folder / "ckpt.pt", photos, other, "--keypoints", "kite", "--out",
-                              tmp_path / "out"))
-    out = tmp_path / "out"
+    out = other / "out"
+    for _ in range(2):  # the second time, the folder holds what the first left
+        answered.clear()
+        predict.main(command_line(folder / "ckpt.pt", f"{kite_photos}/[13].jpg", other, "--keypoints", "kite",
+                                  "--out", out, "--batch", 3))
+        said = capsys.readouterr()
+        assert [len(sizes) for sizes, _, _ in answered] == [3, 1]
     assert sorted(path.name for path in out.iterdir()) == [
-        "1-2.png", "1.png", "3.png", "5.png", "keypoints.csv", "keypoints.json"]
-    with open(out / "keypoints.csv", newline="", encoding="utf-8-sig") as file:
-        header, *rows = csv.reader(file)
-    assert header == ["photo", "object", "keypoint", "x", "y", "confidence"]
-    assert len(rows) == 4 * 3
-    assert rows[0] == [str(photos / "1.jpg"), "1", "tip", "11.0", "8.0", "0.9"]
-    assert rows[-1] == [str(other / "1.png"), "1", "left corner", "100.0", "50.0", "0.3"]
-    entries = read_json(out / "keypoints.json")
+        "1-2.png", "1.png", "3.png", "keypoints.csv", "keypoints.json", "z.png"]
+    header, *rows = read_table(out / "keypoints.csv")
+    assert header == ["photo", "object", "keypoint", "x", "y", "confidence"] and len(rows) == 4 * 3
+    assert rows[0] == [str(kite_photos / "1.jpg"), "1", "tip", "11.0", "8.0", "0.9"]
+    assert rows[-1] == [str(other / "z.WEBP"), "1", "left corner", "100.0", "50.0", "0.3"]
+    entries, deep = read_json(out / "keypoints.json"), other / "deep/er/1.png"
     assert [entry["photo"] for entry in entries] == [
-        *(str(photos / f"{n}.jpg") for n in (1, 3, 5)), str(other / "1.png")]
+        str(path) for path in (kite_photos / "1.jpg", kite_photos / "3.jpg", deep, other / "z.WEBP")]
     assert entries[3]["keypoints"][1] == {"name": "tail", "x": 60.0, "y": 30.0, "confidence": 0.6}
-    assert f"wrote {out}/keypoints.json, keypoints.csv and 4 pictures" in (said := capsys.readouterr()).out
+    assert f"wrote {out}/: keypoints.json, keypoints.csv and 4 pictures" in said.out
     assert f"{other}: left out notes.doc: not photos of a kind" in said.err
 
 
-def test_a_broken_photo_among_many_is_left_out_and_said(folder, photos, answered, tmp_path, capsys):
-    (tmp_path / "broken.jpg").write_bytes((photos / "1.jpg").read_bytes()[:300])
-    argv = [folder / "ckpt.pt", photos, tmp_path / "broken.jpg", *TIP, "--out", tmp_path / "out"]
-    with pytest.raises(predict.InputError, match="1 of 4 objects were left out, see above"):
-        predict.main(command_line(*argv))
+def test_a_broken_photo_among_many_is_left_out_and_said(folder, photo, answered, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(photo.read_bytes()[:300])
+    argv = [folder / "ckpt.pt", photo.parent, tmp_path / "broken.jpg", *TIP, "--out", tmp_path / "out"]
+    with pytest.raises(InputError, match="1 of 4 objects were left out, see above"):
+        predict.main(command_line(*argv, "--batch", 2))
     said = capsys.readouterr().err
-    assert f"{tmp_path}/broken.jpg: not a readable photo" in said and said.count("broken.jpg: ") == 1
+    assert f"{tmp_path}/broken.jpg: cannot be read" in said and said.count("broken.jpg: ") == 1
     assert len(read_json(tmp_path / "out/keypoints.json")) == 3
 
 
-def test_a_spreadsheet_takes_no_name_for_a_formula(tmp_path):
-    names = ["=1+2", "@a", "-b", 'c, "d"\ne', "f=g"]
-    job = predict.Job(Path("=1.jpg"), None, 1)
-    predict.write_tables(tmp_path, [(job, {name: found(-1, 2) for name in names})], "plain")
-    with open(tmp_path / "keypoints.csv", newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.reader(file))[1:]
-    assert [row[2] for row in rows] == ["'=1+2", "'@a", "'-b", *names[3:]]
-    assert rows[0] == ["'=1.jpg", "1", "'=1+2", "-1", "2", "0.9"]  # numbers stay numbers
-    assert [point["name"] for point in read_json(tmp_path / "keypoints.json")[0]["keypoints"]] == names
-
-
-def test_the_locator_is_asked_with_box_and_words(folder, photos, monkeypatch):
-    asked = []
-    monkeypatch.setattr(Locator, "__call__", lambda self, photo, category, box: (
-        asked.append((photo.size, category.keypoints, box)) or {}))
-    monkeypatch.setattr(predict, "print_points", lambda *_: None)
-    predict.main(command_line(folder / "ckpt.pt", photos / "1.jpg", *TIP, "--box", "-1,2,30.5,40"))
-    assert asked == [((110, 80), [("tip", "the upper end")], (-1, 2, 30.5, 40))]
-
-
-# ------------------------------------------------------------------------------------------------------- COCO
-
-
-def test_boxes_from_a_coco_file_and_results_that_cocos_tools_load(folder, photos, answered, tmp_path, capsys):
-    annotations = folder / "data/annotations/mp100_split1_test.json"
-    raw = read_json(annotations)
-    kites = [annotation for annotation in raw["annotations"] if annotation["category_id"] == 2]
-    (tmp_path / "kites.json").write_text(json.dumps(raw | {"annotations": kites + kites[:1]}))
-    predict.main(command_line(folder / "ckpt.pt", folder / "data/images", "--boxes", tmp_path / "kites.json",
-                              "--keypoints", "kite", "--out", tmp_path / "out", "--format", "coco"))
-    truth = COCO(str(annotations))
-    results = truth.loadRes(str(tmp_path / "out/keypoints.json"))
-    assert len(results.anns) == 4
-    [first] = [a for a in results.anns.values() if a["image_id"] == kites[1]["image_id"]]
-    width = truth.imgs[first["image_id"]]["width"]
-    assert first["category_id"] == 2 and first["score"] == pytest.approx(0.6)
-    assert first["keypoints"] == pytest.approx([0.1 * width, 8, 1, 0.3 * width, 24, 1, 0.5 * width, 40, 1])
-    with open(tmp_path / "out/keypoints.csv", newline="", encoding="utf-8-sig") as file:
-        objects = [(row["photo"].rpartition("/")[2], row["object"]) for row in csv.DictReader(file)]
-    assert objects[::3] == [("1.jpg", "1"), ("3.jpg", "1"), ("5.jpg", "1"), ("1.jpg", "2")]
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["1-2.png", "1.png", "3.png", "5.png"]
-
-
-def test_a_keypoint_without_a_point_is_zeros_for_coco():
-    found = Found(1.5, 2.5, 0.5, None, None, None)
-    job = predict.Job(None, None, 7, 3)
-    assert predict.coco_result(job, {"a": found, "b": replace(found, x=None, y=None, confidence=None)}) == {
-        "image_id": 7, "category_id": 3, "keypoints": [1.5, 2.5, 1, 0, 0, 0], "score": 0.5}
-
-
-@pytest.mark.parametrize("contents", [
-    {}, {"images": [{"id": 1}], "annotations": []}, {"images": 3, "annotations": []},
-    {"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4], "category_id": 1}]},
-    {"images": [], "annotations": []}])
-def test_what_is_no_coco_file_is_refused(folder, photos, tmp_path, contents):
-    (tmp_path / "boxes.json").write_text(json.dumps(contents))
-    line = refused(predict, [folder / "ckpt.pt", photos, "--boxes", tmp_path / "boxes.json", *TIP])
-    assert f"{tmp_path}/boxes.json: " in line
-
-
-# ------------------------------------------------------------------------------------------------ what is odd
-
-
-def say_of(points, size=(100, 50)):
-    said = []
-    predict.print_points(points, Image.new("RGB", size), said.append)
-    return said
-
-
-def found(x, y, confidence=0.9):
-    return Found(x, y, confidence, None, None, (0, 0, 100))
-
-
-def test_points_outside_the_photo_and_points_in_one_place_are_said():
-    said = say_of({"a": found(10, 20), "b": found(10, 60), "c": found(-1, 5)})
-    assert said[-1] == "outside the photo: b, c; the square around the box reaches over its edge"
-    said = say_of({"a": found(10, 20), "b": found(11, 20.5), "c": found(11.5, 19)})
-    assert said[-1] == "all points are in one place: the model does not tell these keypoints apart"
-    assert len(say_of({"a": found(10, 20), "b": found(11, 20)})) == 3  # of two that may well be
-    assert len(say_of({"a": found(10, 20), "b": found(11, 20), "c": found(60, 20)})) == 4
-
-
-def test_malformed_answers_are_said_to_be_such(folder, photos, capsys):
-    predict.main(command_line(folder / "ckpt.pt", photos / "1.jpg", *TIP))
-    table = capsys.readouterr().out.splitlines()
-    assert table[1] == f"{'no coordinates in the answer':>30}  tip"
-
-
-def test_confidence_of_pointed_out_keypoints_is_unknown(tiny, tmp_path, capsys):
-    train_briefly(tiny, tmp_path, "--answer", "token", "--batch", 8)
-    argv = [tmp_path / "ckpt.pt", tmp_path / "data/images/kite/1.jpg", *TIP, "--out", tmp_path / "out"]
-    assert "error: --decode median" in refused(predict, [*argv, "--decode", "median"])
-    predict.main(command_line(*argv))
-    [(x, y, confidence, name)] = rows_of(capsys.readouterr().out)
-    assert (confidence, name) == ("unknown", "tip")
-    assert (tmp_path / "out/1.png").exists()
-
-
-@pytest.mark.parametrize("box, hint", [
-    ("60,20,100,70", "write --box 60,20,40,50"),  # these may be corners
-    ("0,0,110,80", None),  # the whole photo
-    ("60,20,55,50", None),  # reaches over the edge a little
-    ("60,20,30,50", None),
-    ("60,20,140,70", None),  # corners would be outside as well
-])
-def test_boxes_that_may_be_corners(folder, photos, answered, capsys, box, hint):
-    predict.main(command_line(folder / "ckpt.pt", photos / "1.jpg", *TIP, "--box", box))
-    said = capsys.readouterr().out
-    assert (hint in said) if hint else ("hint" not in said)
-
-
-# ------------------------------------------------------------------------------------------------------ slips
-
-
-OUTSIDE = ["0,0,0,9", "500,0,9,9", "nan,0,9,9", "0,0,inf,9", "0,0,9,inf", "-inf,0,9,9"]
-
-
-@pytest.mark.parametrize("wrong, message", [
-    (["--box", "1,2,3"], 'box "1,2,3": write x, y, width, height, four numbers'),
-    (["--box", "a,b,c,d"], 'box "a,b,c,d": write x, y, width, height, four numbers'),
-    *(([f"--box={box}"], "lies outside the photo, which is 110 x 80 pixels") for box in OUTSIDE),
-    (["--out", "README.md/out"], "README.md/out: cannot be made"),
-    (["--llm", "nowhere"], "nowhere/"),
-    (["--keypoints", "kite"], "say what to find"),
-    (["--boxes", "nowhere.json"], "nowhere.json: no such file"),
-    (["-k", "eye"], 'keypoint "eye" has no description'),
-    (["-k", "tip: again"], 'two keypoints are named "tip"'),
-])
-def test_a_users_slips_are_one_clear_line(folder, photos, wrong, message):
-    folder_or_photo = photos if "--boxes" in wrong else photos / "1.jpg"
-    assert message in refused(predict, [folder / "ckpt.pt", folder_or_photo, *TIP, *wrong])
-
-
-def test_what_is_missing_is_one_clear_line(folder, photos, tmp_path):
-    checkpoint = folder / "ckpt.pt"
-    assert "nowhere.jpg: no such photo" in refused(predict, [checkpoint, "nowhere.jpg", *TIP])
-    assert f"{tmp_path}: no photo in this folder" in refused(predict, [checkpoint, tmp_path, *TIP])
-    assert "give a photo" in refused(predict, [checkpoint, *TIP])
-    assert "say what to find" in refused(predict, [checkpoint, photos])
-    assert "--box is for one photo" in refused(predict, [checkpoint, photos, photos, *TIP, "--box=1,1,9,9"])
-    assert "give the one folder" in refused(predict, [checkpoint, photos, photos, *TIP, "--boxes", "a.json"])
-    assert "did you mean kite" in refused(predict, [checkpoint, photos, "--keypoints", "kites"])
+def test_words_that_training_never_had_are_said(folder, photo, answered, capsys):
+    predict.main(command_line(folder / "ckpt.pt", photo, "--keypoints", "person"))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: most of these keypoints' words were not in the training (nose, ")
+    predict.main(command_line(folder / "ckpt.pt", photo, "--keypoints", "kite"))
+    assert not capsys.readouterr().err
 
 
 def test_sets_and_their_texts_are_listed(folder, capsys):
     predict.main(command_line(folder / "ckpt.pt", "--list"))
     said = capsys.readouterr().out.splitlines()
-    assert "kite: tip, tail, left corner" in said
     assert any(line.startswith("person: ") for line in said)
     others = said.index("more sets, of descriptions.json:")
     assert said[0] == f"sets of {folder / 'ckpt.pt'}:" and said.index("kite: tip, tail, left corner") < others
@@ -248,3 +383,38 @@ def test_sets_and_their_texts_are_listed(folder, capsys):
     assert sum("root of tail" in line for line in said) == 1  # though 34 categories have it
     predict.main(command_line(folder / "ckpt.pt", "--list", "--keypoints", "kite"))
     assert capsys.readouterr().out.splitlines() == [f"{name}: {text}" for name, text in KITE.keypoints]
+
+
+def test_the_page_is_served_where_it_was_asked_for(folder, monkeypatch):
+    served = []
+    monkeypatch.setitem(sys.modules, "tools.page", Namespace(serve=lambda *how: served.append(how)))
+    predict.main(command_line(folder / "ckpt.pt", "--serve", "--port", 81, "--host", "0.0.0.0"))
+    [(locator, *where)] = served
+    assert isinstance(locator, Locator) and where == [81, "0.0.0.0"]
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["--box", "1,2,3"], 'box "1,2,3": write x, y, width, height, four numbers'),
+    (["--box", "a,b,c,d"], 'box "a,b,c,d": write x, y, width, height, four numbers'),
+    *(([f"--box={box}"], "lies outside the photo, which is 110 x 80 pixels") for box in (
+        "0,0,0,9", "500,0,9,9", "nan,0,9,9", "0,0,inf,9", "0,0,9,inf", "-inf,0,9,9")),
+    (["--out", "README.md/out"], "README.md/out: cannot be made"), (["--llm", "nowhere"], "nowhere/"),
+    (["--keypoints", "kite"], "say what to find"), (["--boxes", "nowhere.json"], "nowhere.json: no such"),
+    (["-k", "eye"], 'keypoint "eye" has no description'), (["-k", "tip: again"], 'two keypoints are named'),
+    (["--batch", "0"], "--batch"), (["nowhere.jpg", "--out", "x"], "nowhere.jpg: no such photo")])
+def test_a_users_slips_are_one_clear_line(folder, photo, wrong, message):
+    given = photo.parent if "--boxes" in wrong else photo
+    more = [wrong.pop(0)] if wrong[0] == "nowhere.jpg" else []
+    assert message in refused(predict, [folder / "ckpt.pt", *(more or [given]), *TIP, *wrong])
+
+
+def test_what_is_missing_is_one_clear_line(folder, kite_photos, tmp_path):
+    checkpoint = folder / "ckpt.pt"
+    assert f"{tmp_path}: no photo in this folder" in refused(predict, [checkpoint, tmp_path, *TIP])
+    assert "give a photo" in refused(predict, [checkpoint, *TIP])
+    assert "say what to find" in refused(predict, [checkpoint, kite_photos])
+    twice = [checkpoint, kite_photos, kite_photos, *TIP]
+    assert "--box is for one" in refused(predict, [*twice, "--box=1,1,9,9"])
+    assert "the one folder" in refused(predict, [*twice, "--boxes", "a.json"])
+    assert "did you mean kite" in refused(predict, [checkpoint, kite_photos, "--keypoints", "kites"])
+    assert parse_box(" ") is None and parse_box("1,-2,3.5,4") == (1, -2, 3.5, 4)

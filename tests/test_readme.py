@@ -15,11 +15,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from annotations import read_descriptions
 from conftest import ROOT
 from mp100 import make_mp100
 from PIL import Image
 
-from annotations import read_descriptions
 from common import read_json
 from toyworld.creatures import draw_toy
 

@@ -182,7 +182,7 @@ def sketch(directory, device="meta"):
                 Encoder, read_config, rename = vit.ViT, vit.read_config, vit.rename
             network, state = Encoder(read_config(path)), {}
             for key, shape in shapes.items():
-                names = rename(key)
+                names = rename(key, network.config.depths) if kind == "hiera" else rename(key)
                 state |= dict(zip(names, torch.empty(shape).chunk(max(1, len(names)))))
         network.load_state_dict(state, strict=True, assign=True)
         if isinstance(network, llama.Llama) and network.config.tie_word_embeddings:

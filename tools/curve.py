@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common import InputError, run, write_whole
@@ -69,15 +70,13 @@ def draw_curve(folder):
     path = Path(folder, "log.jsonl")
     if not path.is_file() or not (loss := read_curve(path, "loss")):
         raise InputError(f"{path}: no step of a training in it")
-    scores = [(step, 100 * score) for step, score in read_curve(path, "PCK@0.2")]  # as reports are printed
     panels = [draw_panel(title, curves, max(1, loss[-1][0])) for title, curves in (
         ("loss, and its mean over 50 steps", [loss, smooth(loss)]),
         ("learning rate", [read_curve(path, "lr")]),
-        ("PCK@0.2 of the validation, in %", [scores])) if curves[-1]]
-    sheet, png = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white"), io.BytesIO()
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (0, i * HEIGHT))
-    sheet.save(png, "PNG")
+        ("PCK@0.2 of the validation, in %", [[(step, 100 * v) for step, v in read_curve(path, "PCK@0.2")]])
+    ) if curves[-1]]
+    png = io.BytesIO()
+    Image.fromarray(np.vstack(panels)).save(png, "PNG")
     write_whole(path.with_name("curve.png"), png.getvalue())
 
 

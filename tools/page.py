@@ -17,7 +17,9 @@ from urllib.parse import parse_qs
 from PIL import Image
 
 from common import InputError
-from locator import make_category, open_photo, parse_box, parse_keypoint, round_off
+from predict import make_category, parse_box, parse_keypoint
+from tools.photos import open_photo
+from tools.results import round_off
 
 HERE = Path(__file__).parent
 FILES = {"/": (HERE / "page.html", "text/html; charset=utf-8"),
