@@ -25,8 +25,7 @@ import torch
 from chat import Category
 from common import InputError, Parser, positive, read_json, reading, run, start_processes
 from data import Crop, average_blocks, normalize, parse_descriptions
-from decode import DECODINGS
-from evaluate import check_decoding, choose_locate, load_trained, read_trained
+from decode import DECODINGS, check_decoding, choose_locate, load_trained, read_trained
 from model import DTYPES
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions.json"

@@ -13,6 +13,7 @@ from PIL import Image
 from programs import command_line, know_answers, refused
 from pycocotools.coco import COCO
 
+import decode
 import predict
 from chat import Category
 from common import InputError, read_json
@@ -197,7 +198,7 @@ def test_a_detectors_list_goes_by_the_numbers_of_photos(tmp_path, answered, caps
         {"image_id": 5, "category_id": 1, "bbox": [5, 6, 7, 8], "score": 0.3}]))
     predict.main(command_line(TOY, tmp_path, "--boxes", tmp_path / "found.json", "--out", tmp_path / "out"))
     assert answered[0][2] == [(1, 2, 30, 20), (3, 4, 10, 20), (5.5, 6, 7, 8)]
-    trained = predict.read_trained(TOY)["descriptions"]
+    trained = decode.read_trained(TOY)["descriptions"]
     sets = [trained["keypoint_sets"][trained["categories"][n]["keypoint_set"]] for n in "121"]
     assert answered[0][1] == [[tuple(keypoint.values()) for keypoint in one] for one in sets]
     said = capsys.readouterr().err

@@ -36,6 +36,7 @@ from programs import (
     to_train,
 )
 
+import decode
 import evaluate
 import train
 from common import Process, read_json
@@ -573,7 +574,7 @@ def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(trained, t
     assert all((photo_of is not None) == ("--pack" in how) for *_, photo_of in trained_on)
     checkpoint = tmp_path / "run" / "ckpt.pt"
     evaluate.main(command_line(checkpoint))
-    model, chat, trained_as = evaluate.load_trained(checkpoint, CPU)
+    model, chat, trained_as = decode.load_trained(checkpoint, CPU)
     categories = parse_descriptions(trained_as["descriptions"], "")
     questions = [question[len(chat.newline):] for category in categories.values()
                  for question in chat.encode_questions(category)]
