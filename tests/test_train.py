@@ -36,15 +36,11 @@ from programs import (
     to_train,
 )
 
-import decode
 import evaluate
 import train
 from common import Process, read_json
 from data import annotation_file, collate, normalize, parse_descriptions, plan_epoch, read_instances
 from model import CapeLLM, load_network
-from paper import iccv
-from paper.instructions import INSTRUCTIONS, PRETRAINING
-from tools import draw
 
 PROJECTION = {"projection.weight", "projection.bias"}
 ADAPTED = [*(f"vit.blocks.{i}.attn.{x}" for i in (0, 1) for x in "qv"),
@@ -459,7 +455,7 @@ def test_rate_and_decay_are_those_of_the_published_trainer(arguments, tmp_path, 
 
 @pytest.mark.parametrize("options, clip", [([], 1.0), (["--clip", 0.05], 0.05), (["--clip", "inf"], 10.0)])
 def test_the_norm_of_gradients_is_clipped(trained, tmp_path, monkeypatch, options, clip):
-    """To 1 by default. Losses are tenfold here, so that the norm is above it. The log tells it unclipped."""
+    """To 1 by default. Losses are 20-fold here, so that the norm is above it. The log tells it unclipped."""
     norms, step, forward = [], torch.optim.AdamW.step, CapeLLM.forward
 
     def measure_and_step(optimizer):
@@ -467,10 +463,10 @@ def test_the_norm_of_gradients_is_clipped(trained, tmp_path, monkeypatch, option
         norms.append(torch.cat(gradients).norm().item())
         return step(optimizer)
     monkeypatch.setattr(torch.optim.AdamW, "step", measure_and_step)
-    monkeypatch.setattr(CapeLLM, "forward", lambda *batch: 10 * forward(*batch))
+    monkeypatch.setattr(CapeLLM, "forward", lambda *batch: 20 * forward(*batch))
     trained(*options)
     before = column(tmp_path / "run", "norm")
-    assert 1.1 < min(before) and max(before) < 10
+    assert 1.1 < min(before) and max(before) < 10  # inf clips nothing, as 10
     assert norms == pytest.approx(np.minimum(before, clip), abs=1e-5)
 
 
@@ -551,86 +547,19 @@ def test_real_photographs_train_and_evaluate_end_to_end(shared, tiny, tmp_path):
     assert len(report["per category"]) == 6
 
 
-# --------------------------------------------------------------------------------------- the paper's variants
+# ----------------------------------------------------------------------------------------- from another run
 
 
-def joined(tokens):
-    return f" {' '.join(map(str, tokens))} "
-
-
-VARIANTS = [*(["--instruction", name] for name in INSTRUCTIONS), ["--answer", "token"],
-            ["--answer", "token", "--instruction", "step"], ["--rounds", "dynamic"],
-            ["--pack", "--instruction", "step"]]
-
-
-@pytest.mark.parametrize("how", VARIANTS, ids=" ".join)
-def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(trained, tmp_path, monkeypatch, how):
-    """Training's conversations, on their way into the network, hold the questions that evaluation asks."""
-    monkeypatch.setattr(draw, "draw_sheet", lambda *_: None)  # takes more time than all else
-    trained_on, said = spy_on(CapeLLM, "forward", monkeypatch), spy_on(iccv, "answer", monkeypatch)
-    epochs = 4 if "list" in how or "outline" in how else 1  # each question must once be the first
-    trained(*how, "--epochs", epochs)
-    conversations = [joined(row) for _, _, tokens, *_ in trained_on for row in tokens.tolist()]
-    assert all((photo_of is not None) == ("--pack" in how) for *_, photo_of in trained_on)
-    checkpoint = tmp_path / "run" / "ckpt.pt"
-    evaluate.main(command_line(checkpoint))
-    model, chat, trained_as = decode.load_trained(checkpoint, CPU)
-    categories = parse_descriptions(trained_as["descriptions"], "")
-    questions = [question[len(chat.newline):] for category in categories.values()
-                 for question in chat.encode_questions(category)]
-    known = [any(joined(question) in one for one in conversations) for question in questions]
-    assert len(known) == 8 and (all(known) or "diverse" in how or "diverse-outline" in how)
-    opening = joined([chat.bos, *chat.newline, *said[0][2][0]]) if said else ""  # what is in the photo?
-    assert bool(said) == ("step" in how) and all(one.startswith(opening) for one in conversations)
-    answers = {row.count(chat.eos) for _, _, _, labels, *_ in trained_on for row in labels.tolist()}
-    assert "dynamic" not in how or answers - {1, 2}
-
-    report, predictions = read_results(tmp_path / "run")
-    assert report["objects"] == 6
-    if "token" in how:
-        assert report["malformed"] == 0
-        assert all(p["confidence"] == [None] * len(p["keypoints"]) for p in predictions)
-    else:
-        evaluate.main(command_line(checkpoint, "--constrained", *["--cumulative"] * ("dynamic" in how)))
-        _, predictions = read_results(tmp_path / "run")
-        assert all(0 <= confidence <= 1 for p in predictions for confidence in p["confidence"])
-
-
-def test_hiera_is_recognised_trained_and_evaluated(trained, tmp_path):
-    """Table 4. Four blocks of 2 x 2 mask units: four image tokens."""
-    transformers = pytest.importorskip("transformers")
-    size = dict(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], image_size=[64, 64])
-    transformers.HieraModel(transformers.HieraConfig(**size)).save_pretrained(tmp_path / "hiera")
-    options = ["--vit", tmp_path / "hiera", "--image-size", 64, "--epochs", 1, "--validate", 4]
-    weights = trained(*options)["model"]
-    adapters = {f"vit.blocks.{i}.attn.{x}.lora_{matrix}" for i in range(4) for x in "qv" for matrix in "AB"}
-    assert {name for name in weights if name.startswith("vit")} == adapters
-    assert all(weights[name].any() for name in adapters)
-    assert weights["projection.weight"].shape == (32, 64) and [*scores_of(tmp_path / "run")] == [4]
-
-
-@pytest.mark.parametrize("way", PRETRAINING)
-def test_pretraining_trains_the_projection_alone_and_init_goes_on_from_it(arguments, trained, tmp_path, way):
-    """Table 9. --init brings where the networks are; a run that is resumed does not start from it again."""
-    fresh = load_network(train.parse_arguments(arguments()))[0].state_dict()
-    before = trained("--pretrain", way, "--epochs", 1, out="before")
-    path = tmp_path / "before" / "ckpt.pt"
-    assert before["model"].keys() == PROJECTION
-    assert before["args"]["tune_llm"] == before["args"]["tune_vit"] == "frozen"
-    assert not torch.equal(before["model"]["projection.weight"], fresh["projection.weight"])
-    assert load_network(Namespace(**before["args"]))[1].instruction is PRETRAINING[way]
-    assert "--init" in refused(evaluate, [path])
-
+def test_init_brings_its_networks_and_all_that_trains_and_is_not_started_from_again(
+        arguments, trained, tmp_path):
+    trained("--epochs", 1, out="first")
+    path = tmp_path / "first/ckpt.pt"
     assert train.parse_arguments(command_line("--init", path, "--llm", "b")).llm == "b"
     words = arguments("--init", path, "--save-every", 1)
+    given = train.parse_arguments(words)
     for name in "--llm", "--vit", "--image-size":
         del words[words.index(name):words.index(name) + 2]
-    args = train.parse_arguments(words)
-    assert all(vars(args)[key] == before["args"][key] for key in ("llm", "vit", "image_size"))
-    for option, changed in ("init", {}), ("init_projection", {"init": None, "init_projection": path}):
-        started = train.load(Namespace(**vars(args) | changed), CPU, None)[0].state_dict()
-        for name, value in started.items():
-            assert torch.equal(value, before["model"].get(name, fresh[name])), name  # adapters start as ever
+    assert train.parse_arguments(words) == given
     train.main([*words, "--out", str(tmp_path / "straight")])
     train_until(3, words)
     train.main(words)
@@ -653,26 +582,23 @@ def test_init_starts_from_all_that_trains_and_init_projection_from_one_layer(arg
 # -------------------------------------------------------------------------------------------- what goes wrong
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (["--micro-batch", 3], "--batch 4 is not a multiple of --micro-batch 3 x 1"),
-    (["--llm", "nowhere"], "nowhere: no such folder"),
-    (["--vit", "nowhere"], "nowhere: no such folder"),
-    (["--split", 6], "mp100_split6_train.json: no such file"),
-    (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
-    (["--init", "tests"], "tests: cannot be read"),
-    (["--image-size", 57], "57 is not a multiple"),
-    (["--descriptions", "nowhere.json"], "nowhere.json: no such file"),
-    (["--out", ROOT / "train.py" / "x"], "train.py: cannot be written into"),
-    (["--epoch", 3], "--epoch"),
-    (["--rounds", "many"], "--rounds"), (["--rounds", 0], "--rounds"),
-    (["--instruction", "long"], "long: no such instruction; there are description, name"),
-    (["--pretrain", "direct", "--instruction", "name"], "leave out --instruction"),
-    (["--pretrain", "step", "--answer", "token"], "leave out --validate and --answer"),
-    (["--seed", -1], "--seed"), (["--workers", -1], "--workers"), (["--split", 0], "--split"),
-    *(([option, 0], option) for option in ("--batch", "--micro-batch", "--save-every", "--epochs")),
-], ids=str)
+WRONG = [
+    ("--micro-batch 3", "--batch 4 is not a multiple of --micro-batch 3 x 1"),
+    ("--llm nowhere", "nowhere: no such folder"), ("--vit nowhere", "nowhere: no such folder"),
+    ("--split 6", "mp100_split6_train.json: no such file"), ("--init nowhere.pt", "nowhere.pt: no such file"),
+    ("--init tests", "tests: cannot be read"), ("--descriptions nowhere.json", "nowhere.json: no such file"),
+    ("--image-size 57", "57 is not a multiple"), (f"--out {ROOT}/train.py/x", "train.py: cannot be written"),
+    ("--instruction long", "long: no such instruction; there are description, name"),
+    ("--pretrain direct --instruction name", "leave out --instruction"),
+    ("--pretrain step --answer token", "leave out --validate and --answer"),
+    ("--epoch 3", "--epoch"), ("--rounds many", "--rounds"), ("--rounds 0", "--rounds"),
+    ("--seed -1", "--seed"), ("--workers -1", "--workers"), *((f"{option} 0", option) for option in (
+        "--batch", "--micro-batch", "--save-every", "--epochs", "--split"))]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG)
 def test_wrong_arguments_are_one_line(arguments, wrong, message):
-    assert message in refused(train, arguments(*wrong))
+    assert message in refused(train, arguments(*wrong.split()))
 
 
 def test_a_run_without_visible_keypoints_or_objects_is_refused(arguments, tmp_path):
