@@ -72,7 +72,7 @@ def read_instances(path, categories):
                                      "to the file of --descriptions")
                 category = categories[a["category_id"]]
                 if len(points) != len(category.keypoints) or not np.isfinite(points).all():
-                    raise InputError(f"{path}: annotation {a['id']}: {len(points)} keypoints, all of them "
+                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints, all "
                                      f"numbers? {category.name} has {len(category.keypoints)} descriptions")
                 instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
                                           points[:, 2] > 0))
