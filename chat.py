@@ -94,8 +94,8 @@ class Chat:
             self.bos, eos = config["bos_token_id"], config["eos_token_id"]
             self.eos = eos[0] if isinstance(eos, list) else eos  # of several, the first
         # SentencePiece tokenizers put a space before any text; our pieces bring their own
-        self.adds_space = False
-        self.adds_space = self.tokenizer.id_to_token(self.encode("a")[0]).startswith("\u2581")
+        first = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+        self.adds_space = first != [] and first[0].startswith("\u2581")
         self.newline = self.encode("\n")
         self.coordinates = self.find_coordinate_format()
 
@@ -125,7 +125,7 @@ class Chat:
         return AnswerFormat([], [], [self.eos], max_tokens=max(map(len, answers)))
 
     def encode_answer(self, answer):
-        """A point or a word -> its tokens and their labels, with a real end token."""
+        """A point or a word -> its tokens, EOS included, and their labels, here the same."""
         text = f" {answer}" if isinstance(answer, str) else write_point(answer)
         tokens = self.encode(text) + [self.eos]
         return tokens, tokens
@@ -146,7 +146,7 @@ class Chat:
     def encode_questions(self, category):
         """A test's question about each keypoint of a category, after "\\n": a list of token lists.
 
-        Each is the last one of a conversation of its own.
+        Each has a conversation of its own, of which it is the last question: see paper/instructions.py.
         """
         scenes = [Scene(category, [(keypoint, None)]) for keypoint in category.keypoints]
         return [self.newline + self.encode(self.instruction(scene)[-1][0]) for scene in scenes]

@@ -1,4 +1,4 @@
-"""What all programs share: errors that a user can mend, processes, JSON. Nothing here is of the paper."""
+"""What all programs share: errors that a user can fix, processes, JSON. Nothing here is of the paper."""
 
 import argparse
 import errno
@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 
 class InputError(Exception):
-    """Something the user can mend. The message is one line that says what, where and what to do."""
+    """Something the user can fix. The message is one line that says what, where and what to do."""
 
     def __str__(self):
         # An error in a DataLoader's worker arrives with the worker's traceback before the message.
@@ -46,11 +46,18 @@ def reading(path, advice=""):
 # -------------------------------------------------------------------------------------------------- programs
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults, but for None and False."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose --help says the defaults."""
 
     def __init__(self, **how):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **how)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **how)
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -65,11 +72,13 @@ def positive(text):
 
 def natural(text):
     """The type of an argument that is a whole number, 0 or more."""
-    return positive(str(int(text) + 1)) - 1
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 def run(main):
-    """Runs a program. What the user can mend is one line on stderr and exit code 2; defects crash loudly."""
+    """Runs a program. What the user can fix is one line on stderr and exit code 2; defects crash loudly."""
     try:
         record(main)(sys.argv[1:])  # under torchrun, leaves the error where torchrun's report finds it
         sys.stdout.flush()  # here, where a broken pipe is caught

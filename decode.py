@@ -1,8 +1,8 @@
 """Asking CapeLLM: from photos and questions to points (paper, section 3.2).
 
-The textbook way takes the likeliest next token, feeds it back, and so on: nine passes through the decoder,
-one for the photo and one for each token. But most tokens of an answer are known in advance. Three passes
-suffice for all questions about a photo:
+Greedy decoding takes the likeliest next token, feeds it back, and so on. With the photo's keys and values
+cached, a question takes nine passes through the decoder: one for the photo, and one for each of the eight
+tokens up to the last digit. But most of these are known in advance. Three passes suffice for all questions:
 
     pass 1   BOS, 256 image tokens, "\\n" User ...   the photo, once, and what all questions begin with
     pass 2   ... is the nose? ... Assistant: [0.     each question, and the start of its answer
@@ -12,10 +12,10 @@ suffice for all questions about a photo:
 
 (A tokenizer that spells digits one by one needs a pass for each digit.) The known tokens are a guess at what
 the model would say. The hidden states of the same passes tell whether it would, and where it would not the
-question is asked again in the textbook way. So the answers are those of the textbook way, token by token.
+question is asked again token by token. So the answers are those of greedy decoding, token by token.
 
 Each choice is made from a distribution over numbers, which says more than its likeliest one: see
-read_coordinates(). Letters: P photos, R rows (one question each), n tokens, D width, V vocabulary.
+make_prediction(). Letters: P photos, R rows (one question each), n tokens, D width.
 `python decode.py` runs both ways side by side.
 """
 
@@ -23,6 +23,7 @@ import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from chat import Category
+from common import InputError, reading
 from data import Crop, normalize
 from llama import Cache
 from model import load_network, load_weights, read_checkpoint
@@ -49,10 +51,10 @@ class Prediction:
 # --------------------------------------------------------------------------------------------------- answers
 
 
-def read(llama, cache, blocks, n=1):
+def feed(llama, cache, blocks, n=1):
     """Each row reads its block, a list of tokens -> hidden states of the last n of them (R, n, D)."""
     lengths, device = torch.tensor([len(block) for block in blocks]), llama.norm.weight.device
-    T = lengths.max()
+    T = max(map(len, blocks))
     tokens = torch.tensor([block + [0] * (T - len(block)) for block in blocks]).to(device)
     is_token = (torch.arange(T) < lengths[:, None]).to(device)
     hidden = llama(llama.embed_tokens(tokens), cache, is_token)  # (R, T, D)
@@ -65,34 +67,36 @@ def answer_greedily(llama, cache, questions, answer_format):
     answers, blocks = [[] for _ in questions], questions
     end, most = answer_format.ending[-1], answer_format.max_tokens
     while True:
-        tokens = llama.lm_head(read(llama, cache, blocks)[:, -1]).argmax(-1).tolist()
+        tokens = llama.lm_head(feed(llama, cache, blocks)[:, -1]).argmax(-1).tolist()
         for answer, token in zip(answers, tokens):
             if end not in answer:
                 answer.append(token)
         if all(end in answer or len(answer) == most for answer in answers):
             return answers
-        blocks = [[token] for token in tokens]  # rows that have ended read on, which nobody looks at
+        blocks = [[token] for token in tokens]  # rows that have ended read on; what they say is ignored
 
 
 def answer_in_format(llama, cache, questions, answer_format, constrained=False):
     """A pass for each choice, with the tokens known in advance fed along. Every row keeps the format.
 
     -> R answers; for each, whether greedy decoding agrees, that is, would have said just this; and the
-    distributions over answer_format.digits that its choices were made from. constrained: what greedy decoding
-    would have said is left open.
+    distributions over answer_format.digits that its choices were made from. constrained: all rows count
+    as agreeing, and nothing is checked.
     """
     answers, distributions = [[] for _ in questions], [[] for _ in questions]
-    digits, order = torch.tensor(answer_format.digits, device=llama.norm.weight.device).sort()
+    # Token ids[i] spells the number values[i]. ids ascend, so that of equal logits, which are common in bf16,
+    # argmax() takes the one that greedy decoding takes.
+    ids, values = torch.tensor(answer_format.digits, device=llama.norm.weight.device).sort()
     blocks, read_from = questions, []
     for known in answer_format.known:
         # The last positions of a block predict the known tokens and then the choice:
         #   block       ...  "Assistant"  ":"    " ["   "0"   "."
         #   predicts                      " ["   "0"    "."   the choice
-        hidden = read(llama, cache, [block + known for block in blocks], len(known) + 1)  # (R, n, D)
-        scores = F.linear(hidden[:, -1], llama.lm_head.weight[digits])  # (R, digits), by their ids, since
-        choices = digits[scores.argmax(-1)].tolist()  # of equal logits greedy decoding takes the lowest id
+        hidden = feed(llama, cache, [block + known for block in blocks], len(known) + 1)  # (R, n, D)
+        scores = F.linear(hidden[:, -1], llama.lm_head.weight[ids])  # (R, 1000), or (R, 10) if one by one
+        choices = ids[scores.argmax(-1)].tolist()
         p = torch.empty_like(scores, dtype=torch.float32)
-        p[:, order] = scores.float().softmax(-1)  # from 0 upwards
+        p[:, values] = scores.float().softmax(-1)  # from 0 upwards
         for row, choice in enumerate(choices):
             answers[row] += [*known, choice]
         for of_row, p_row in zip(distributions, p.cpu().numpy()):
@@ -105,25 +109,25 @@ def answer_in_format(llama, cache, questions, answer_format, constrained=False):
     return answers, [said == answer for said, answer in zip(likeliest.tolist(), answers)], distributions
 
 
-def answer(llama, photos, photo_of, questions, answer_format, constrained=False):
-    """Greedy decoding: fast where the model keeps to the format, as in a textbook where it does not.
+def answer_questions(llama, photos, photo_of, questions, answer_format, constrained=False):
+    """Greedy decoding: fast where the model keeps to the format, token by token where it does not.
 
     photos: a Cache of what was read of each. photo_of: the row of it that each question goes on from.
     -> a pair for each question: its answer, and the distributions of its choices, None if it has none.
     constrained: keep to the format in any case.
     """
-    def ask(rows):
+    def fork(rows):
         return photos.fork(torch.tensor([photo_of[r] for r in rows], device=photos.is_token.device))
 
     found = [(None, None)] * len(questions)
     others = range(len(questions))
     if answer_format.known:
         answers, agrees, distributions = answer_in_format(
-            llama, ask(others), questions, answer_format, constrained)
+            llama, fork(others), questions, answer_format, constrained)
         found = list(zip(answers, distributions))
         others = [r for r in others if not agrees[r]]
     if others:
-        answers = answer_greedily(llama, ask(others), [questions[r] for r in others], answer_format)
+        answers = answer_greedily(llama, fork(others), [questions[r] for r in others], answer_format)
         for r, said in zip(others, answers):
             found[r] = said, None
     return found
@@ -133,11 +137,12 @@ def answer(llama, photos, photo_of, questions, answer_format, constrained=False)
 def locate(model, images, questions, chat, decode="greedy", constrained=False):
     """Asks each photo its questions. images (P, 3, h, w), normalised; questions: for each photo, token lists.
 
-    -> for each photo a list of Predictions, one for each question. decode: see read_coordinates().
+    -> for each photo a list of Predictions, one for each question. decode: see make_prediction().
     constrained: keep all answers to the format, so that none is malformed.
     """
+    # what all begin with, but for the last token, so that each has one left to read
     common = os.path.commonprefix([question[:-1] for of_photo in questions for question in of_photo])
-    photos = read_photos(model, images, [chat.bos, *common])
+    photos = prefill(model, images, [chat.bos, *common])
     rest = [[question[len(common):] for question in of_photo] for of_photo in questions]
     return ask_photos(model, photos, rest, chat, decode, constrained)
 
@@ -148,19 +153,19 @@ def ask_photos(model, photos, questions, chat, decode="greedy", constrained=Fals
     found = {}
     for group in group_by_length([len(question) for _, question in asked]):
         photo_of, of_group = zip(*(asked[i] for i in group))
-        said = answer(model.llama, photos, photo_of, of_group, chat.coordinates, constrained)
+        said = answer_questions(model.llama, photos, photo_of, of_group, chat.coordinates, constrained)
         found |= dict(zip(group, said))
     predictions = [[] for _ in questions]
     for i, (p, _) in enumerate(asked):
-        predictions[p].append(read_coordinates(*found[i], chat, decode))
+        predictions[p].append(make_prediction(*found[i], chat, decode))
     return predictions
 
 
-def read_photos(model, images, start):
+def prefill(model, images, start):
     """The first pass: BOS, the image tokens, and the rest of `start`, one row a photo -> Cache."""
     photos = Cache()
     tokens = torch.tensor([start], device=images.device).expand(len(images), -1)
-    model.llama(model.join(images, tokens), photos)
+    model.llama(model.embed(images, tokens), photos)
     return photos
 
 
@@ -180,10 +185,10 @@ def group_by_length(lengths, spread=16):
 # ----------------------------------------------------------------------------------------------- coordinates
 
 
-DECODINGS = "greedy", "median", "mean"  # what read_coordinates() may take
+DECODINGS = "greedy", "median", "mean"  # what make_prediction() may take
 
 
-def read_coordinates(answer, distributions, chat, decode="greedy"):
+def make_prediction(answer, distributions, chat, decode="greedy"):
     """An answer and its choices' distributions -> Prediction.
 
     decode: "greedy", the paper's way, takes the digits that were chosen; "median" and "mean" are those of
@@ -222,12 +227,66 @@ def mass_near(value, distribution, reach=0.1):
     return float(distribution[np.abs(np.arange(1000) / 1000 - value) <= reach + 1e-9].sum())
 
 
+# ------------------------------------------------------------------------------------------- trained models
+
+
+def read_trained(path):
+    """read_checkpoint() -> a checkpoint that can be asked for points. InputError says where there is one."""
+    others = sorted(map(str, Path("runs").glob("*/ckpt.pt")))
+    if others and not Path(path).exists():
+        raise InputError(f"{path}: no such file; there is {', '.join(others)}")
+    checkpoint = read_checkpoint(path)
+    with reading(path, "is it a checkpoint of train.py?"):
+        if checkpoint["args"]["pretrain"]:
+            raise InputError(f"{path}: one of --pretrain, which locates nothing; train from it with --init")
+    return checkpoint
+
+
+def load_trained(path, device, llm=None, vit=None, dtype=None, checkpoint=None):
+    """-> the network, ready to be asked, its Chat, and the checkpoint, which may have been read before.
+
+    llm, vit: where the published weights are, if they were moved since. dtype: see load_network().
+    """
+    checkpoint = checkpoint or read_trained(path)
+    with reading(path, "is it a checkpoint of train.py?"):
+        args = Namespace(**checkpoint["args"])
+        args.llm, args.vit = find(llm or args.llm), find(vit or args.vit)
+        model, chat = load_network(args, device, dtype)
+    load_weights(model, checkpoint, path)
+    return model.eval(), chat, checkpoint
+
+
+def find(path):
+    """A path below the current folder or, for programs that are started elsewhere, beside this file."""
+    beside = Path(__file__).parent / path
+    return beside if beside.exists() and not Path(path).exists() else path
+
+
+def choose_locate(args, cumulative=False):
+    """What asks a model that was trained with these arguments: decode.locate(), or one of paper/ like it."""
+    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
+        from paper.iccv import locate_in_turns
+        return partial(locate_in_turns, cumulative=cumulative)
+    if args.answer == "token":  # Table 8
+        from paper.keypoint_token import locate as locate_token
+        return locate_token
+    return locate
+
+
+def check_decoding(chat, decode, constrained=False):
+    """InputError if answers cannot be read in the way that was asked for."""
+    if (constrained or decode != "greedy") and not chat.coordinates.known:
+        raise InputError(f"--{'constrained' if constrained else f'decode {decode}'}: this model does not "
+                         "spell points in digits, one or three at a time; leave it out")
+
+
 if __name__ == "__main__":
     toy = Path(__file__).parent / "assets/toy"
     checkpoint = read_checkpoint(toy / "ckpt.pt")
     model, chat = load_network(Namespace(**checkpoint["args"] | {"vit": toy / "vit", "llm": toy / "llm"}))
     load_weights(model.eval(), checkpoint, toy / "ckpt.pt")
-    image = normalize(Crop(132.5, 108, 125).cut(toy / "creature.jpg", 112)[None])
+    # the creature's box is 70,52,125,112
+    image = normalize(Crop(70 + 125 / 2, 52 + 112 / 2, 125).cut(toy / "creature.jpg", 112)[None])
     asked = ["the knob on the antenna that is purple", "the sharp end of the green horn", "the orange heart"]
     questions = chat.encode_questions(Category("creature", [("first mark", text) for text in asked]))
     passes, form = [], chat.coordinates
@@ -237,13 +296,13 @@ if __name__ == "__main__":
         return [model.generate(image, [chat.bos, *question], form.ending[-1], form.max_tokens)
                 for question in questions]
 
-    for way, run in ("textbook", generate), ("in format", lambda: locate(model, image, [questions], chat)):
+    for way, run in ("no cache", generate), ("in format", lambda: locate(model, image, [questions], chat)):
         passes.clear()
         began = time.perf_counter()
         found = run()
         seconds = time.perf_counter() - began
-        answers = found if way == "textbook" else [prediction.answer for prediction in found[0]]
-        print(f"{way}: {len(passes)} passes, {seconds:.3f} s, "
+        answers = found if way == "no cache" else [prediction.answer for prediction in found[0]]
+        print(f"{way}: {len(passes)} passes for {len(questions)} questions, {seconds:.3f} s, "
               f"{'  '.join(chat.tokenizer.decode(tokens) for tokens in answers)}")
     for text, p in zip(asked, locate(model, image, [questions], chat, decode="median")[0]):
         print(f"{text:40} median ({p.point[0]:.3f}, {p.point[1]:.3f}), confidence {p.confidence:.2f}")

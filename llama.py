@@ -4,7 +4,9 @@ Follows "The Llama 3 Herd of Models" and reads files as the Hugging Face hub lay
 *.safetensors. The same code runs every Llama-shaped model of the paper's Table 4: Llama-3.1-8B, Llama-3.2-1B,
 Mistral-7B-v0.3 and Vicuna-7B-v1.5. This file needs no other.
 
-    x -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> lm_head
+    x -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> hidden states
+
+lm_head makes logits of them.
 
 Letters in shape comments: B rows, T new tokens in a row, S tokens that a row has read, new ones included, D
 width, H query heads, G key/value heads, d width of a head. `python llama.py` shows the shapes of a small one.
@@ -95,8 +97,8 @@ def attend(q, k, v, mask):
     """The same by PyTorch's fused function. Without a mask, a query sees itself and what is before it."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    # The heads that share keys become one head with all their queries, so the keys are read once. For single
-    # queries in bf16 on a CPU, with three heads a key, that takes a sixth of the time.
+    # The heads that share keys become one head with all their queries, so that no keys are copied. With a
+    # mask, PyTorch has no fast kernel for grouped heads: in bf16 on a CPU that took six times as long.
     shared = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H/G * T, d)
     mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)  # (B, 1, H/G * T, S)
     return F.scaled_dot_product_attention(shared, k, v, mask).reshape(q.shape)
@@ -113,15 +115,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, before):
+    def forward(self, x, cos, sin, mask, past):
         """x (B, T, D) -> what is to be added to it (B, T, D), and keys and values of its tokens.
 
-        before: keys and values of what each row has read already; None if nothing.
+        past: keys and values of what each row has read already; None if nothing.
         """
         q, k, v = (proj(x).unflatten(-1, (-1, self.d)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, G, T, d)
-        y = attend(q, *join(before, (k, v)), mask)  # (B, H, T, d)
+        y = attend(q, *extend(past, (k, v)), mask)  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -146,8 +148,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, before):
-        y, keys_and_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, before)
+    def forward(self, x, cos, sin, mask, past):
+        y, keys_and_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), keys_and_values
 
@@ -163,12 +165,12 @@ class Cache:
                                 | b b - - -         1 1 1 1   1 1 0 0 0
         q q q q         q q q q | c c c - -         1 1 1 1   1 1 1 0 0
 
-    Rows read blocks of one length, so some hold padding, at which nothing ever looks.
+    Rows read blocks of one length, so some hold padding, which no query attends to.
     """
 
     def __init__(self):
         self.parent, self.rows = None, None
-        self.own = {}  # {layer: (keys, values)}, each (B, G, S, d), of what was read since the fork
+        self.own = {}  # {layer: (keys, values)}, each (B, G, tokens, d), of what was read since the fork
         self.is_token = None  # (B, S), False for padding
 
     def fork(self, rows):
@@ -177,22 +179,22 @@ class Cache:
         child.parent, child.rows, child.is_token = self, rows, self.is_token[rows]
         return child
 
-    def read(self, layer):
+    def get(self, layer):
         """-> keys and values (B, G, S, d) of all that the rows have read; None if nothing."""
         own = self.own.get(layer)
         if self.parent is None:
             return own
-        return join([t[self.rows] for t in self.parent.read(layer)], own)
+        return extend([t[self.rows] for t in self.parent.get(layer)], own)
 
     def append(self, layer, keys_and_values):
-        self.own[layer] = join(self.own.get(layer), keys_and_values)
+        self.own[layer] = extend(self.own.get(layer), keys_and_values)
 
 
-def join(before, after):
-    """Keys and values of some tokens and of those that follow, either of which may be None -> of all."""
-    if before is None or after is None:
-        return before or after
-    return [torch.cat(pair, dim=2) for pair in zip(before, after)]
+def extend(past, new):
+    """Keys and values of some tokens, and of those that follow -> of all. Either may be None."""
+    if past is None or new is None:
+        return new if past is None else past
+    return [torch.cat(pair, dim=2) for pair in zip(past, new)]
 
 
 class Llama(nn.Module):
@@ -207,32 +209,32 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.checkpoint_activations = False  # keep only block inputs, recompute the rest in the backward
+        self.checkpoint_activations = False  # keep only block inputs, recompute the rest in the backward pass
 
     def forward(self, x, cache=None, is_token=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D).
 
         Attention is causal. With a cache, rows continue what they have read, and x is added to it. is_token
         (B, T): False for padding, which stands on the right; by default there is none.
-        The vocabulary's logits are lm_head(hidden), left to the caller: they are wanted at few positions, and
+        The vocabulary's logits are lm_head(hidden), left to the caller: they are needed at few positions, and
         each costs a product with the whole vocabulary.
         """
         B, T, _ = x.shape
         cache = Cache() if cache is None else cache
         if is_token is None:
             is_token = torch.ones(B, T, dtype=torch.bool, device=x.device)
-        positions, mask = torch.arange(T, device=x.device)[None], None
-        if cache.is_token is not None:  # a query sees what its row has read, and its own block up to itself
-            positions = positions + cache.is_token.sum(1, keepdim=True)  # (B, T)
-            within = is_token[:, None] & is_token.new_ones(T, T).tril()  # (B, T, T)
-            mask = torch.cat((cache.is_token[:, None].expand(-1, T, -1), within), dim=2)[:, None]
-            is_token = torch.cat((cache.is_token, is_token), dim=1)  # (B, S)
-        cache.is_token = is_token
-        x = x.to(self.norm.weight.dtype)  # embeddings that train are fp32
-        angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (B, 1, T, d/2), fp32
+        positions = torch.arange(T, device=x.device)[None]  # (1, T)
+        past, mask = cache.is_token, None  # where nothing was read yet, causal attention needs no mask
+        if past is not None:  # a query sees what its row has read, and its own block up to itself
+            positions = positions + past.sum(1, keepdim=True)  # (B, T)
+            block = is_token[:, None] & is_token.new_ones(T, T).tril()  # (B, T, T)
+            mask = torch.cat((past[:, None].expand(-1, T, -1), block), dim=2)[:, None]  # (B, 1, T, S)
+        cache.is_token = is_token if past is None else torch.cat((past, is_token), dim=1)  # (B, S)
+        x = x.to(self.norm.weight.dtype)  # where embeddings train (Table 8), they are fp32
+        angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (1 or B, 1, T, d/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            args = x, cos, sin, mask, cache.read(i)
+            args = x, cos, sin, mask, cache.get(i)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, keys_and_values = checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -276,10 +278,13 @@ def read_config(path):
     if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
         raise ValueError(f"rope_type {rope['rope_type']} is not supported, only default and llama3")
     D, H = raw["hidden_size"], raw["num_attention_heads"]
-    return LlamaConfig(  # what older files leave out is as in Transformers
-        raw["vocab_size"], D, raw["intermediate_size"], raw["num_hidden_layers"], H,
-        raw.get("num_key_value_heads") or H, raw.get("head_dim") or D // H, raw.get("rms_norm_eps", 1e-6),
-        raw.get("tie_word_embeddings", False), rope)
+    return LlamaConfig(
+        vocab_size=raw["vocab_size"], hidden_size=D, intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=H,
+        # what older files leave out is as in Transformers
+        num_key_value_heads=raw.get("num_key_value_heads") or H, head_dim=raw.get("head_dim") or D // H,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False), rope=rope)
 
 
 if __name__ == "__main__":
@@ -294,5 +299,5 @@ if __name__ == "__main__":
     llama(llama.embed_tokens(tokens[:, :3]), cache)
     last = llama(llama.embed_tokens(tokens[:, 3:]), cache)
     print(f"read in two parts with a cache: differs by {(last - hidden[:, 3:]).abs().max():.1e}")
-    keys, _ = cache.read(0)
+    keys, _ = cache.get(0)
     print(f"the cache holds keys {tuple(keys.shape)} in each layer")

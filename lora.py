@@ -5,7 +5,7 @@
 
 A starts at random and B at zero, so a freshly adapted network computes exactly what it did before. The paper
 (section 4.2) uses rank 8 on the query and value projections of every attention layer. `python lora.py`
-counts.
+counts the parameters and shows both.
 """
 
 import math
@@ -26,7 +26,7 @@ class LoRALinear(nn.Module):
         # fp32 whatever the base is: Adam's small steps would be lost in bf16
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear: within 1/sqrt(in)
 
     def forward(self, x):
         # cast the two small matrices down, never the activations up
@@ -49,7 +49,7 @@ def trainable_state(model):
 
 
 def load_trainable_state(model, state):
-    """Fills in what trainable_state() gave of a model built the same way. An error says what differs."""
+    """Loads what trainable_state() returned for a model built the same way. An error says what differs."""
     if different := trainable_state(model).keys() ^ state.keys():
         raise ValueError(f"{len(different)} trained tensors are only on one side, e.g. {min(different)}")
     model.load_state_dict(state, strict=False)  # what does not train is not in it

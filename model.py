@@ -5,7 +5,8 @@
     embedding of BOS, [ 256 image tokens ], embeddings of "\\n", question, answer --> Llama --> next tokens
 
 Here are the two networks joined, the loss that trains them, and the textbook's way to generate an answer.
-decode.py answers faster. Letters: B rows, N image tokens, T tokens of text, D width of the LLM.
+decode.py answers faster. Letters: B conversations, P photos, N image tokens, T tokens of text, D width of
+the LLM, R tokens that are to be learned.
 `python model.py` shows shapes and a loss.
 """
 
@@ -39,7 +40,7 @@ class CapeLLM(nn.Module):
         dtype = self.llama.norm.weight.dtype
         return F.linear(features.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
-    def join(self, images, tokens):
+    def embed(self, images, tokens):
         """Photos, texts (B, T) -> the LLM's input (B, N + T, D): BOS, photo, rest of text (equation 3)."""
         text = self.llama.embed_tokens(tokens)
         return torch.cat((text[:, :1], self.see(images), text[:, 1:]), dim=1)
@@ -47,9 +48,9 @@ class CapeLLM(nn.Module):
     def forward(self, images, tokens, labels, photo_of=None):
         """The training loss: averaged over the labels of each conversation, then over conversations.
 
-        images (B, 3, h, w), normalised. tokens (B, T): BOS, "\\n", a conversation, padding. labels (B, T):
-        the token itself where it is to be learned, else IGNORE. If they stay on the CPU, looking what is to
-        be learned does not wait for the GPU. photo_of (B,): which photo each conversation is about.
+        images (P, 3, h, w), normalised. tokens (B, T): BOS, "\\n", a conversation, padding. labels (B, T):
+        the token itself where it is to be learned, else IGNORE; best left on the CPU, so that finding these
+        places does not wait for the GPU. photo_of (B,): the photo of each conversation; None if P = B.
 
         Token i > 0 is at position N + i, and read off the hidden state one position before. With N = 256:
 
@@ -59,17 +60,18 @@ class CapeLLM(nn.Module):
             read from                    256    257     258    259
         """
         if photo_of is None:
-            x = self.join(images, tokens)
+            x = self.embed(images, tokens)
             hidden = self.llama(x)[:, -tokens.shape[1]:-1]  # (B, T - 1, D) (equation 4)
         else:
             hidden = self.read_behind_photos(images, tokens, photo_of)[:, :-1]
         # Nine positions in ten are photo and questions, and each row of logits is a product with the whole
         # vocabulary. So logits are made only where there is something to learn.
-        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        targets, shares = labels[:, 1:][rows, columns], 1 / rows.bincount()[rows] / len(rows.unique())
-        rows, columns, targets, shares = (
-            t.to(hidden.device, non_blocking=True) for t in (rows, columns, targets, shares))
-        return (self.losses(hidden[rows, columns], targets) * shares).sum()
+        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (R,) each
+        targets, counts = labels[:, 1:][rows, columns], rows.bincount()  # (R,), and (B,) of a conversation
+        weights = 1 / (counts[rows] * (counts > 0).sum())  # (R,), of a mean of means
+        rows, columns, targets, weights = (
+            t.to(hidden.device, non_blocking=True) for t in (rows, columns, targets, weights))
+        return (self.losses(hidden[rows, columns], targets) * weights).sum()
 
     def losses(self, hidden, targets):
         """Hidden states (R, D) and the tokens to be read off them (R,) -> their losses (R,) (equation 5)."""
@@ -84,7 +86,7 @@ class CapeLLM(nn.Module):
         """
         photos = Cache()
         bos = tokens[:1, :1].expand(len(images), 1)
-        seen = self.llama(self.join(images, bos), photos)  # (P, 1 + N, D)
+        seen = self.llama(self.embed(images, bos), photos)  # (P, 1 + N, D)
         hidden = self.llama(self.llama.embed_tokens(tokens[:, 1:]), photos.fork(photo_of))  # (B, T - 1, D)
         return torch.cat((seen[photo_of, -1:], hidden), dim=1)
 
@@ -97,7 +99,7 @@ class CapeLLM(nn.Module):
         """
         answer = []
         while len(answer) < max_tokens and end not in answer:
-            x = self.join(image, torch.tensor([tokens + answer], device=image.device))
+            x = self.embed(image, torch.tensor([tokens + answer], device=image.device))
             logits = self.llama.lm_head(self.llama(x)[:, -1])  # (1, vocabulary)
             answer.append(logits.argmax().item())
         return answer
@@ -116,12 +118,12 @@ def adapt(network, tune, names):
 def load_network(args, device="cpu", dtype=None):
     """A network of published weights with fresh adapters, and the Chat that belongs to it.
 
-    args: what train.py was given; of it count vit, llm, image_size, seed, tune_vit and tune_llm ("frozen",
-    "lora", the paper's, or "full"), and for the paper's other tables instruction, answer and pretrain. dtype:
-    of frozen weights and of computing, "fp32" or "bf16"; by default bf16 on CUDA, fp32 elsewhere. What trains
-    is fp32 and requires grad. InputError names the file at fault.
+    args: train.py's arguments. Used are vit, llm, image_size, seed, tune_vit and tune_llm ("frozen", "lora",
+    the paper's, or "full"), and for the paper's other tables instruction, answer and pretrain. dtype: of
+    frozen weights and of computing, "fp32" or "bf16"; by default bf16 on CUDA, fp32 elsewhere. What trains is
+    fp32 and requires grad. InputError names the file that cannot be used.
     """
-    torch.manual_seed(args.seed)  # adapters and projection start alike in all processes
+    torch.manual_seed(args.seed)  # adapters and projection start the same in all processes
     dtype = DTYPES[dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
     Encoder, Network, make_chat = ViT, CapeLLM, Chat
     if args.answer == "token":  # Table 8
@@ -136,8 +138,8 @@ def load_network(args, device="cpu", dtype=None):
         if json.loads(config.read_text())["model_type"] == "hiera":  # Table 4
             from paper.hiera import Hiera as Encoder
     with reading(args.vit):
-        of_vit = torch.float32 if args.tune_vit == "full" else dtype
-        vit = Encoder.load(args.vit, args.image_size, of_vit, device)
+        vit_dtype = torch.float32 if args.tune_vit == "full" else dtype
+        vit = Encoder.load(args.vit, args.image_size, vit_dtype, device)
     with reading(args.llm):
         llama = Llama.load(args.llm, torch.float32 if args.tune_llm == "full" else dtype, device)
     adapt(vit, args.tune_vit, ("q", "v"))

@@ -9,8 +9,7 @@
     points = locator("photo.jpg", {"nose": "the tip of the snout, below both eyes"}, box=(40, 60, 300, 380))
     points["nose"].x, points["nose"].y, points["nose"].confidence
 
-A keypoint is a name and a description that says where it is and what is beside it. A box is x, y, width and
-height in pixels of the photo as a viewer shows it, upright.
+A keypoint is a name and a description. A box is x, y, width and height in pixels of the upright photo.
 """
 
 import difflib
@@ -26,8 +25,7 @@ import torch
 from chat import Category
 from common import InputError, Parser, positive, read_json, reading, run, start_processes
 from data import Crop, average_blocks, normalize, parse_descriptions
-from decode import DECODINGS
-from evaluate import check_decoding, choose_locate, load_trained, read_trained
+from decode import DECODINGS, check_decoding, choose_locate, load_trained, read_trained
 from model import DTYPES
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions.json"
@@ -56,7 +54,6 @@ class Locator:
     "median" or "mean". llm, vit: where the published weights are, if they were moved since the training.
     descriptions: a file of more keypoint sets; the checkpoint knows those of its training. dtype: "bf16" or
     "fp32", of the frozen weights and of computing; None for what suits the device.
-    InputError if one of them is not what it should be.
     """
 
     def __init__(self, checkpoint, decode="greedy", llm=None, vit=None, descriptions=None, dtype=None):
@@ -73,8 +70,8 @@ class Locator:
         """-> {name: Found}. For a list of photos, a list of these: they are asked about in one pass.
 
         photo: a path, a PIL image, the bytes of a file, an open file, or RGB pixels of uint8, an array or a
-        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height;
-        None for the whole photo. A list of photos takes a list of boxes, and may take one of keypoints.
+        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height, or None for
+        the whole photo. A list of photos takes a list of boxes, and may take a list of keypoints.
         InputError for an unreadable photo, unknown keypoints or a box outside the photo.
         """
         if not isinstance(photo, (list, tuple)):
@@ -133,12 +130,11 @@ def split_words(name):
 def find_set(name, sets):
     """The set of a name -> Category. If there is none, InputError says which others share a word with it."""
     words = split_words(name)
-    alike = [one for one in sets if split_words(one) == words]
-    if name in sets or alike:
-        return sets[name if name in sets else alike[0]]
-    shared = [[one for one in sets if {*words} <= {*split_words(one)}],
-              [one for one in sets if {*words} > {*split_words(one)}]]
-    close = sum(shared, []) or difflib.get_close_matches(name.casefold(), sets, cutoff=0.7)
+    alike = [one for one in sets if one == name] or [one for one in sets if split_words(one) == words]
+    if alike:
+        return sets[alike[0]]
+    shared = [one for one in sets if {*words} <= {*split_words(one)} or {*words} > {*split_words(one)}]
+    close = shared or difflib.get_close_matches(name.casefold(), sets, cutoff=0.7)
     known = f"did you mean {' or '.join(close[:3])}? Or" if close else "--list shows those there are; or"
     raise InputError(f'"{name}": no such set of keypoints; {known} describe each: '
                      '"name: where it is and what is beside it"')
@@ -208,9 +204,11 @@ def read_keypoints(path):
 
 def parse_box(text):
     """ "x,y,w,h" -> four numbers; "" -> None, the whole photo. InputError for anything else."""
+    if not text.strip():
+        return None
     try:
-        x, y, w, h = map(float, text.split(",")) if text.strip() else [None] * 4
-        return None if x is None else (x, y, w, h)
+        x, y, w, h = map(float, text.split(","))
+        return x, y, w, h
     except ValueError:
         raise InputError(f'box "{text}": write x, y, width, height, four numbers') from None
 
@@ -240,10 +238,10 @@ def parse_arguments(argv):
     add("--decode", choices=DECODINGS, default="greedy", help="what to take of a coordinate's distribution")
     add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")
-    add("--dtype", choices=DTYPES, help="of frozen weights and of computing (default: as the device likes)")
+    add("--dtype", choices=DTYPES, help="of frozen weights and of computing; None is what suits the device")
     add("--serve", action="store_true", help="open a page to try it")
     add("--port", type=int, default=8000, help="of the page")
-    add("--host", metavar="ADDRESS", help="open the page, without a password, to all that can reach this address "
+    add("--host", metavar="ADDRESS", help="open the page, without a password, to all that reach this address "
         "of the computer, 0.0.0.0 for any; by default it is for this computer only")
     if "--box" in argv[:-1]:  # -5,... after it would be taken for an option
         i = argv.index("--box")

@@ -5,8 +5,8 @@
     python toy.py --pretrain    makes the backbones of assets/toy from scratch, in 23 minutes on one core
 
 Training and evaluation are those of train.py and evaluate.py, in their files and folders. Two worlds share
-kinds of parts and colours, and little else. The backbones grew up with sheets, loose parts on paper; the toy
-MP-100 holds creatures. Every test category has parts that neither world has shown before. See toyworld/.
+kinds of parts and colours, and little else. The backbones were trained on sheets, loose parts on paper; the
+toy MP-100 holds creatures. Every test category has parts that neither world has shown before. See toyworld/.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import evaluate
 import train
 from common import InputError, Parser, natural, read_json, run
 from data import annotation_file, crop_of, parse_descriptions, read_instances
+from tools.score import read_predictions
 from toyworld.creatures import draw_toy, write_descriptions
 
 # relative to where the program runs, so that checkpoints find the backbones after the folder was moved
@@ -86,7 +87,7 @@ def print_table(out, others):
         return replace(instance, keypoints=instance.keypoints[order], visible=instance.visible[order])
 
     def read(folder):
-        _, points, _ = evaluate.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
+        _, points, _ = read_predictions(folder / "predictions.json", unseen, allow_missing=False)
         return points
 
     rows = {
@@ -111,7 +112,7 @@ def main(argv):
     parser.add_argument("--variants", action="store_true", help="compare the paper's variants instead")
     parser.add_argument("--seed", type=natural, default=0,
                         help="another seed draws another toy MP-100 and trains on it")
-    parser.add_argument("--out", type=Path, help="None: runs/toy, or runs/variants")
+    parser.add_argument("--out", type=Path, help="by default runs/toy, or runs/variants")
     args = parser.parse_args(argv)
     # Two threads are hardly faster on networks so small, and with one every machine adds in the same order.
     torch.set_num_threads(1)

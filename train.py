@@ -4,7 +4,8 @@
     python train.py --split 1                           one GPU or a CPU: the same, more slowly
     python train.py --split 1 --check                   looks whether all is there, and trains nothing
 
-The defaults are the paper's. The same command again resumes where it stopped, by Ctrl-C, SIGTERM or a crash.
+The defaults are the paper's. The same command again resumes: after Ctrl-C or SIGTERM where it stopped, after
+a crash at the last checkpoint.
 
 An optimizer step takes --batch conversations, cut into micro-batches that the processes share out and
 accumulate. Everything random is drawn from (seed, epoch, example) or from (seed, number of the micro-batch),
@@ -32,7 +33,6 @@ from data import (
     annotation_file,
     collate,
     group_keypoints,
-    keep_readable,
     normalize,
     parse_descriptions,
     plan_epoch,
@@ -57,26 +57,26 @@ def make_parser():
     add("--micro-batch", type=positive, default=1, metavar="N", help="in a forward pass")
     add("--lr", type=float, default=5e-4, metavar="X", help="highest learning rate of AdamW")
     add("--warmup", type=float, default=0.03, metavar="X", help="share of steps in which it rises")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="AdamW's weight decay")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient; inf is any")
     add("--rounds", type=number_of_rounds, default=4, metavar="N",
         help="keypoints asked in a conversation (Table 4), or dynamic")
     add("--seed", type=natural, default=42, metavar="N", help="of all that is random")
     add = parser.add_argument_group("network").add_argument
     add("--llm", default="weights/Llama-3.1-8B", metavar="DIR", help="the folder of its files")
-    add("--vit", default="weights/dinov2-large", metavar="DIR", help="likewise")
+    add("--vit", default="weights/dinov2-large", metavar="DIR", help="the same of the ViT")
     add("--image-size", type=positive, default=224, metavar="N", help="pixels a side of a crop")
     add("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="what trains of it: Table 4")
-    add("--tune-llm", choices=["frozen", "lora", "full"], default="lora", help="likewise")
+    add("--tune-llm", choices=["frozen", "lora", "full"], default="lora", help="what of the LLM trains")
     add("--instruction", default="description", metavar="NAME", help="Tables 3, 6, 7")
     add("--answer", choices=["text", "token"], default="text", help="Table 8: or read off <KEYPOINT>")
     add("--pretrain", choices=["direct", "step"], help="Table 9: train the projection alone")
     add = parser.add_argument_group("data and results").add_argument
     add("--data", default="data/mp100", metavar="DIR", help="MP-100, or what tools/own.py made")
     add("--split", type=positive, default=1, metavar="N", help="of MP-100, 1 to 5")
-    add("--descriptions", metavar="JSON", help="texts (default: descriptions.json, in --data if it is there)")
+    add("--descriptions", metavar="JSON", help="default: descriptions.json, that in --data if there is one")
     add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
-    add("--out", metavar="DIR", help="folder of the checkpoint (default: runs/splitN, or of --data's name)")
+    add("--out", metavar="DIR", help="folder of the run, by default runs/splitN or runs/ and --data's name")
     add("--fresh", action="store_true", help="start anew where there is a run, which is overwritten")
     add("--init", metavar="CKPT", help="start from a checkpoint, and with its --llm, --vit and --image-size")
     add("--init-projection", metavar="CKPT", help="likewise, but from its projection alone: Table 9")
@@ -86,8 +86,8 @@ def make_parser():
         "but --batch then counts photos, and all keypoints of a photo are in one step and crop")
     add("--checkpoint-activations", action="store_true", help="far less memory for half as much work again")
     add("--compile", action="store_true", help="torch.compile every block")
-    add("--dtype", choices=DTYPES, help="of frozen weights and computing; None: bf16 on CUDA, else fp32")
-    add("--workers", type=natural, default=min(4, os.cpu_count()), metavar="N", help="they read photos")
+    add("--dtype", choices=DTYPES, help="of frozen weights and computing; by default bf16 on CUDA, else fp32")
+    add("--workers", type=natural, default=min(4, os.cpu_count()), metavar="N", help="processes for photos")
     add("--save-every", type=positive, default=100, metavar="N", help="steps between checkpoints")
     add("--validate", type=natural, default=0, metavar="N", help="steps between measurements of "
         "PCK@0.2 on 100 objects of the validation set, the best in best.pt; 0 is never")
@@ -106,7 +106,7 @@ def parse_arguments(argv):
     if args.init:
         trained = read_checkpoint(args.init)["args"]
         parser.set_defaults(**{key: trained[key] for key in ("llm", "vit", "image_size")})
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # again, so that flags still win
     if args.pretrain:
         if args.validate or args.answer == "token":
             parser.error("--pretrain locates nothing: leave out --validate and --answer")
@@ -141,7 +141,7 @@ def find_run(args, descriptions):
 
 
 def make_optimizer(model, args, device):
-    """AdamW without weight decay on biases and norms, as Hugging Face's trainer, which the authors use."""
+    """AdamW without weight decay on biases and norms, as in Hugging Face's trainer, which the authors use."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -162,8 +162,9 @@ def learning_rate(step, steps, args):
 def micro_batches(n, steps, args, rank, world):
     """Cuts an epoch's `steps` (a range) into micro-batches and yields this process's: lists of indices < n.
 
-    All epochs have as many steps. Where one runs out of examples it goes on from its start. With 6 examples,
-    --batch 4, --micro-batch 1 and 2 processes:
+    Every epoch has the same number of steps, counted before examples without a visible keypoint are dropped.
+    Where an epoch runs out of examples it starts over. With 6 examples, --batch 4, --micro-batch 1 and 2
+    processes:
 
         step 0   0 1 2 3   rank 0: [0] [2]   rank 1: [1] [3]
         step 1   4 5 0 1   rank 0: [4] [0]   rank 1: [5] [1]
@@ -237,7 +238,7 @@ def save(path, **contents):
 
 @contextmanager
 def catch_signals():
-    """Gives a list to which the first Ctrl-C or SIGTERM adds its number. A second one ends it at once."""
+    """A list to which Ctrl-C or SIGTERM adds its number. The same signal again ends the program."""
     before, caught = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, []
 
     def note(number, _):
@@ -349,7 +350,7 @@ def load(args, device, checkpoint):
 
 
 def main(argv):
-    from tools.check import check_all, check_briefly
+    from tools.check import check_all, check_briefly, keep_readable
     args = parse_arguments(argv)
     if args.check:
         return check_all(args)

@@ -117,7 +117,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
 
     def forward(self, images):
-        """Normalised photos (B, 3, h, w), as large as load() was told -> patch tokens (B, N, D), by rows."""
+        """Normalised photos (B, 3, h, w) of load()'s image_size -> patch tokens (B, N, D), row by row."""
         B = len(images)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat((self.cls_token.expand(B, -1, -1), patches), dim=1) + self.pos_embed  # (B, 1 + N, D)
@@ -136,7 +136,8 @@ class ViT(nn.Module):
         """Fits the position table, learned for 518 pixels (37 x 37 patches), to photos of another size.
 
         As in the original release: bicubic, without antialiasing, by a factor of (n + 0.1) / 37. The 0.1 once
-        guarded against a rounding error; without it, as in Transformers, image tokens move by up to 0.02.
+        guarded against a rounding error; without it, as in Transformers, image tokens (0.27 on
+        average) change by up to 0.02.
         Models with registers are resized to n x n with antialiasing.
         """
         old, new = math.isqrt(self.n_patches), image_size // self.config.patch_size
@@ -167,9 +168,8 @@ class ViT(nn.Module):
         state = {}
         with safe_open(directory / "model.safetensors", framework="pt", device=str(device)) as file:
             for key in file.keys():
-                names = rename(key)
-                for name, part in zip(names, file.get_tensor(key).to(dtype).chunk(max(1, len(names)))):
-                    state[name] = part
+                if names := rename(key):  # none for the mask token, three for a fused qkv
+                    state |= dict(zip(names, file.get_tensor(key).to(dtype).chunk(len(names))))
         model.load_state_dict(state, strict=True, assign=True)
         model.resize_positions(image_size)
         return model
@@ -184,7 +184,8 @@ def read_config(path):
     if raw["model_type"] not in ("dinov2", "dinov2_with_registers"):
         raise ValueError(f"model_type {raw['model_type']} is not dinov2 or dinov2_with_registers")
     fields = {key: raw[key] for key in ViTConfig.__dataclass_fields__ if key in raw}
-    return ViTConfig(**fields | {"num_attention_heads": raw["num_attention_heads"]})  # no shape tells it
+    # required, since with a wrong number of heads all shapes would still fit
+    return ViTConfig(**fields | {"num_attention_heads": raw["num_attention_heads"]})
 
 
 # The hub's names -> the original release's, replaced one after another in this order.

@@ -10,7 +10,7 @@ import math
 import torch
 
 from chat import AnswerFormat, Scene
-from decode import answer, ask_photos, read, read_photos
+from decode import answer_questions, ask_photos, feed, prefill
 from paper import keypoint_token
 from paper.instructions import WHAT, ask_step_by_step
 
@@ -45,11 +45,11 @@ def locate_in_turns(model, images, questions, chat, decode="greedy", constrained
     """
     points = isinstance(chat, keypoint_token.KeypointChat)
     ask = keypoint_token.ask_photos if points else ask_photos
-    conversations = read_photos(model, images, [chat.bos, *chat.newline])  # one row a photo
+    conversations = prefill(model, images, [chat.bos, *chat.newline])  # one row a photo
     if chat.instruction is ask_step_by_step:
         words = AnswerFormat([], [], [chat.eos], LONGEST_NAME)
         opening = [chat.encode(WHAT)] * len(images)
-        said = answer(model.llama, conversations, range(len(images)), opening, words)
+        said = answer_questions(model.llama, conversations, range(len(images)), opening, words)
         go_on(model.llama, conversations, opening, [tokens for tokens, _ in said], words)
     # "\n" stands once, where a conversation begins, as in training
     questions = [[question[len(chat.newline):] for question in of_photo] for of_photo in questions]
@@ -72,6 +72,6 @@ def go_on(llama, conversations, questions, answers, answer_format):
     A row whose questions have come to an end reads anything, which nobody looks at.
     """
     end = answer_format.ending[-1]
-    read(llama, conversations, [
+    feed(llama, conversations, [
         [*question, *answer, *([] if answer[-1:] == [end] else answer_format.ending)]
         for question, answer in zip(questions, answers)])

@@ -17,7 +17,7 @@ from torch import nn
 
 from chat import IGNORE, AnswerFormat, Chat, ask_with_description
 from common import read_json, reading
-from decode import Prediction, read, read_photos
+from decode import Prediction, feed, prefill
 from model import CapeLLM
 
 UNITS = 10**9  # a coordinate as a whole number, finer than fp32 is
@@ -81,7 +81,7 @@ def ask_photos(model, photos, questions, chat, decode="greedy", constrained=Fals
     if asked:
         photo_of, blocks = zip(*asked)
         rows = torch.tensor(photo_of, device=photos.is_token.device)
-        hidden = read(model.llama, photos.fork(rows), blocks)[:, -1]  # (R, D)
+        hidden = feed(model.llama, photos.fork(rows), blocks)[:, -1]  # (R, D)
         for p, point in zip(photo_of, model.keypoint_head(hidden.float()).tolist()):
             predictions[p].append(Prediction(tuple(point), None, [chat.keypoint, chat.eos]))
     return predictions
@@ -90,4 +90,4 @@ def ask_photos(model, photos, questions, chat, decode="greedy", constrained=Fals
 @torch.no_grad()
 def locate(model, images, questions, chat, decode="greedy", constrained=False):
     """As decode.locate()."""
-    return ask_photos(model, read_photos(model, images, [chat.bos]), questions, chat)
+    return ask_photos(model, prefill(model, images, [chat.bos]), questions, chat)

@@ -117,3 +117,22 @@ def train_briefly(tiny, folder, *more):
     """Trains an epoch on wagons and kites in folder/data -> folder, with ckpt.pt in it."""
     train.main(to_train(tiny, make_wagons_and_kites(folder / "data"), folder, *more))
     return folder
+
+
+def know_answers(patch):
+    """Gives predict.py a Locator whose answers are known: keypoint k is at 0.1 + 0.2 k of the photo.
+
+    -> a list, for each time that it is asked: the sizes of the photos, their keypoints, and their boxes.
+    """
+    from predict import Found, Locator
+    asked = []
+
+    def answer(self, photos, categories, boxes):
+        categories = categories if isinstance(categories, list) else [categories] * len(photos)
+        asked.append(([photo.size for photo in photos], [one.keypoints for one in categories], boxes))
+        return [{name: Found((0.1 + 0.2 * k) * photo.width, (0.1 + 0.2 * k) * photo.height, 0.9 - 0.3 * k,
+                             None, None, (0, 0, photo.width))
+                 for k, (name, _) in enumerate(category.keypoints)}
+                for photo, category in zip(photos, categories)]
+    patch.setattr(Locator, "__call__", answer)
+    return asked

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from chat import IGNORE, Category, Chat, Scene, ask_with_description, write_point
 from common import InputError, read_json, write_json
-from decode import DECODINGS, Prediction, read_coordinates
+from decode import DECODINGS, Prediction, make_prediction
 
 CUP = Category("tea_cup", [("rim", "where one drinks."), ("foot", "below (or under) it"),
                            ("left ear", "its handle"), ("heart", "inside")])
@@ -120,7 +120,7 @@ def test_a_format_holds_where_all_choices_are_from_the_same_tokens(tmp_path, pat
 def check_reading(chat, answer, distributions, point):
     """A certain answer is read alike in all three ways; without distributions its point alone is known."""
     for decoding in DECODINGS:
-        prediction = read_coordinates(answer, distributions, chat, decoding)
+        prediction = make_prediction(answer, distributions, chat, decoding)
         assert prediction.point == pytest.approx(point) and prediction.answer == answer
         assert prediction.confidence == (None if distributions is None else 1)
 
@@ -133,7 +133,7 @@ def test_malformed_answers_are_none(chat):
     cut_short = [answer[:n] for n in range(len(answer) - 2)]
     for tokens in [[chat.eos], [10**6], answer[-3::-1], *cut_short, *map(chat.encode, said)]:
         assert chat.parse(tokens) is None, chat.tokenizer.decode(tokens)
-        assert read_coordinates(tokens, None, chat) == Prediction(None, None, tokens)
+        assert make_prediction(tokens, None, chat) == Prediction(None, None, tokens)
 
 
 def test_texts_are_neither_cut_nor_read_as_control_tokens(tmp_path):

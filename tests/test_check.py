@@ -1,140 +1,75 @@
-"""check.py: what train.py --check finds, in photos, annotations, weights, disk and memory."""
+"""tools/check.py: what train.py --check finds, in photos, annotations, weights, disk and memory."""
 
 import gzip
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
+from checkpoints import edit_config, edit_weights
 from mp100 import make_wagons_and_kites
 from programs import refused, to_train
 
-import check
 import train
-from llama import LlamaConfig
-from vit import ViTConfig
-
-WELL = "all is well"
+from llama import Llama, LlamaConfig
+from model import CapeLLM, adapt
+from tools import check
+from vit import ViT, ViTConfig
 
 
 @pytest.fixture
-def checked(tiny, tmp_path, capsys):
-    """checked(...) -> exit code and what train.py --check prints. In tmp_path are data/ and weights/."""
+def command(tiny, tmp_path):
+    """command(...) -> a command line of train.py. In tmp_path are data/ and weights/."""
     data = make_wagons_and_kites(tmp_path / "data")
     shutil.copytree(tiny, tmp_path / "weights")
+    return lambda *more: to_train(tmp_path / "weights", data, tmp_path / "out", *more)
 
+
+@pytest.fixture
+def checked(command, capsys):
+    """checked(...) -> whether all is well, and what train.py --check prints."""
     def make(*more):
         code = 0
         try:
-            train.main(to_train(tmp_path / "weights", data, tmp_path / "out", "--check", *more))
+            train.main(command("--check", *more))
         except SystemExit as end:
             code = end.code
-        return code, capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert said.endswith("all is well\n") == ("problem: " not in said) == (code == 0) and code in (0, 2)
+        return code == 0, said
     return make
 
 
-def test_all_is_well_and_nothing_is_written(checked, tmp_path):
-    code, said = checked()
-    assert code == 0 and said.endswith(f"{WELL}\n") and "problem" not in said
-    assert said.count(": 6 objects of 2 categories") == 2 and "val.json: absent" in said
-    assert "12 photos" not in said and "6 photos, all there and whole" in said
-    assert not (tmp_path / "out").exists()
-    code, said = checked("--validate", 5)
-    assert code == 2 and "val.json: no such file" in said
+def test_all_is_well_and_nothing_is_written(checked, command, tmp_path, capsys):
+    well, said = checked()
+    assert well and said.count(": 6 objects of 2 categories") == 2 and "val.json: absent" in said
+    assert "\n6 photos, all there and whole" in said and not (tmp_path / "out").exists()
+    check.main(command())
+    assert capsys.readouterr().out == said  # python -m tools.check
+    well, said = checked("--validate", 5)
+    assert not well and "val.json: no such file" in said
+
+
+# ------------------------------------------------------------------------------------------------------ data
 
 
 def test_missing_and_truncated_photos_are_counted_and_listed(checked, tmp_path):
     photos = tmp_path / "data/images"
     (photos / "kite/1.jpg").unlink()
     (photos / "wagon/0.jpg").write_bytes((photos / "wagon/0.jpg").read_bytes()[:-600])  # its header is fine
-    code, said = checked("--missing-list", tmp_path / "missing.txt")
-    assert code == 2 and WELL not in said
-    assert "of 6 photos 1 are missing and 1 are damaged (listed in" in said
-    assert "objects without photo: wagon 2, kite 2" in said or "kite 2, wagon 2" in said  # train and test
-    assert (tmp_path / "missing.txt").read_text() == "kite/1.jpg\nwagon/0.jpg\n"
-
-
-def test_weights_that_are_not_whole_are_found_before_they_are_loaded(checked, tmp_path, tiny, monkeypatch):
-    path = tmp_path / "weights/llm/model.safetensors"
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-10])
-    code, said = checked()
-    assert code == 2 and f"{path}: damaged or truncated, {size - 10:,} bytes and not {size:,}" in said
-    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("loaded"))
-    line = refused(train, to_train(tmp_path / "weights", tmp_path / "data", tmp_path / "out"))
-    assert f"{path}: damaged or truncated" in line
-
-    path.rename(path.with_name("model-00001.safetensors"))
-    files = {"a": "model-00001.safetensors", "b": "absent.safetensors"}
-    index = {"metadata": {"total_size": 10}, "weight_map": files}
-    (path.parent / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "absent.safetensors: missing, damaged" in checked()[1]
-    (path.parent / "tokenizer.json").write_text("{")
-    code, said = checked()
-    assert code == 2 and "tokenizer.json: not a readable tokenizer.json" in said
-
-
-def test_weights_of_another_config_are_found_by_their_names_and_shapes(checked, tmp_path):
-    for folder, key, value in ("llm", "intermediate_size", 80), ("vit", "num_hidden_layers", 3):
-        path = tmp_path / "weights" / folder / "config.json"
-        before = path.read_text()
-        path.write_text(json.dumps(json.loads(before) | {key: value}))
-        code, said = checked()
-        assert code == 2 and said.count("problem: ") == 1
-        assert ("config.json asks for (32, 80)" if folder == "llm" else "tensors are missing") in said
-        path.write_text(before)
-    assert "image size 60 is not a multiple" in checked("--image-size", 60)[1]
-
-
-def test_a_tokenizer_of_another_vocabulary_is_found(checked, tmp_path):
-    path = tmp_path / "weights/llm/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 1000}))
-    code, said = checked()
-    assert code == 2 and "vocab_size in config.json is 1000" in said
-
-
-def test_a_full_disk_is_found(checked, monkeypatch):
-    monkeypatch.setattr(check.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    code, said = checked()
-    assert code == 2 and "out: a checkpoint takes 0.00 GB, 0.0 GB are free, 0.00 are needed" in said
-
-
-def test_folders_that_cannot_be_written_into_are_found(checked, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    line = refused(train, to_train(tmp_path / "weights", tmp_path / "data", tmp_path / "out", "--check",
-                                   "--missing-list", tmp_path / "file/missing.txt"))
-    assert "file/missing.txt: cannot be written" in line
-    monkeypatch.setattr(check.os, "access", lambda folder, mode: False)
-    code, said = checked()
-    assert code == 2 and f"problem: {tmp_path}: cannot be written into" in said
-
-
-def test_memory_and_checkpoints_on_paper_are_those_of_reproduce(tmp_path, monkeypatch, capsys):
-    """16.7 GB of weights, a checkpoint of 101 MB; see REPRODUCE.md."""
-    (tmp_path / "vit").mkdir()
-    (tmp_path / "llm").mkdir()
-    args = train.parse_arguments(
-        ["--vit", f"{tmp_path}/vit", "--llm", f"{tmp_path}/llm", "--out", f"{tmp_path}"])
-    monkeypatch.setattr(check, "read_json", lambda *_: {})
-    monkeypatch.setattr(check, "read_vit_config", lambda _: ViTConfig())
-    monkeypatch.setattr(check, "read_llama_config", lambda _: LlamaConfig())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    card = type("Card", (), {"total_memory": 16e9})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    assert "the GPU has 16 GB" in check.check_memory(args)[0]
-    said = capsys.readouterr().out
-    assert "frozen weights 16.7, what trains, with gradients and Adam 0.1, activations (a guess) 4." in said
-    assert "a checkpoint takes 0.10 GB" in check.describe_disk(args)[0]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for args.dtype, frozen in ("bf16", 16.7), ("fp32", 33.3), (None, 33.3):  # on a CPU
-        assert check.check_memory(args) == []
-        assert f"frozen weights {frozen}, " in capsys.readouterr().out
+    well, said = checked()
+    listed = tmp_path / "out/missing.txt"
+    assert not well and f"of 6 photos 1 are missing and 1 are damaged ({listed} lists them)" in said
+    assert "objects without photo: wagon 2, kite 2\n" in said  # of train and test
+    assert "photos by folder: kite 1, wagon 1\n" in said
+    assert listed.read_text() == "kite/1.jpg\nwagon/0.jpg\n"
 
 
 @pytest.mark.parametrize("split, lacks", [
     (1, ""), (2, "1,994 of 2,000 objects (sling_dress 99, "),
     (4, "1,811 of 2,000 objects (hand 0, macaque 11; published are 100 of each)")])
-def test_what_a_file_of_mp100_lacks_is_named(shared, tmp_path, split, lacks):
+def test_what_a_test_file_of_mp100_lacks_is_named(shared, tmp_path, split, lacks):
     path = tmp_path / f"mp100_split{split}_test.json"
     with gzip.open(shared / f"mp100/annotations/{path.name}.gz") as file:
         path.write_bytes(file.read())
@@ -146,6 +81,139 @@ def test_what_a_file_of_mp100_lacks_is_named(shared, tmp_path, split, lacks):
     assert "19 of 20 categories" in check.describe_shortfall(path)
 
 
+def test_a_train_file_of_mp100_has_about_14000_objects_of_70_categories(tmp_path):
+    path = tmp_path / "mp100_split1_train.json"
+    known = check.read_json("descriptions.json")["categories"]
+    names = [{"id": int(n), "name": category["name"]} for n, category in known.items()][:70]
+    for of_each, lacks in (200, ""), (100, "7,000 of about 14,000 objects"), (0, "no object of "):
+        annotations = [{"category_id": category["id"]} for category in names] * of_each
+        path.write_text(json.dumps({"categories": names, "annotations": annotations}))
+        assert lacks in (said := check.describe_shortfall(path)) and bool(said) == bool(lacks)
+
+
 def test_other_data_are_not_held_to_mp100s_numbers(tmp_path):
     data = make_wagons_and_kites(tmp_path)
     assert check.describe_shortfall(data / "annotations/mp100_split1_test.json") == ""
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+def rename(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+
+
+def point(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def make_metas(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name in "params.json", "consolidated.00.pth", "tokenizer.model":
+        (folder / name).touch()
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def lose_a_shard(folder):
+    rename(folder, "model-00001.safetensors")
+    files = {"a": "model-00001.safetensors", "b": "absent.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def shorten_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (make_metas, "weights/llm: holds Meta's own files"),
+    (lambda folder: rename(folder, "pytorch_model.bin"), "weights/llm: holds pickles (*.bin, *.pth)"),
+    (point, "weights/llm/model.safetensors: is a pointer of git-lfs; say `git lfs pull` there"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "weights/llm: holds no *.safetensors; REP"),
+    (shutil.rmtree, "weights/llm: no such folder; REPRODUCE.md says where the weights are from"),
+    (truncate, "model.safetensors: damaged or truncated, "),
+    (lose_a_shard, "absent.safetensors: no such file; missing, damaged or truncated; download it again"),
+    (edit_weights(**{"norm.weight": torch.ones(33)}), "size mismatch for norm.weight"),
+    (edit_weights(**{"norm.weight": None}), 'Missing key(s) in state_dict: "norm.weight"'),
+    (edit_config(intermediate_size=80), "is config.json the one of these weights?"),
+    (edit_config(vocab_size=1000), "size mismatch"),
+    (shorten_tokenizer, "tokenizer.json: cannot be read"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file; Transformers"),
+])
+def test_weights_that_will_not_do_are_told_before_they_are_loaded(
+        checked, command, tmp_path, monkeypatch, spoil, message):
+    spoil(tmp_path / "weights/llm")
+    well, said = checked()
+    assert not well and message in said and said.count("problem: ") == 1
+    monkeypatch.setattr(train, "load_network", lambda *_: pytest.fail("loaded"))
+    assert message in refused(train, command())
+
+
+def test_what_is_given_in_place_of_a_folder_of_weights_is_recognised(checked, tmp_path):
+    (tmp_path / "consolidated.00.pth").touch()
+    said = checked("--llm", tmp_path / "consolidated.00.pth")[1]
+    assert "consolidated.00.pth: is the original release's weights; wanted is a folder" in said
+    assert "meta-llama/Llama-3.1-8B" in said
+    said = checked("--vit", "facebook/dinov2-large")[1]
+    assert "hf download facebook/dinov2-large --local-dir weights/dinov2-large" in said
+    edit_config(num_hidden_layers=3)(tmp_path / "weights/vit")
+    said = checked()[1]
+    assert "weights/vit: cannot be read (" in said and 'Missing key(s) in state_dict: "blocks.2.' in said
+
+
+def test_a_tokenizer_of_another_model_is_found(tiny, tmp_path):
+    """Its words have numbers that the LLM has not. Special tokens, which text never becomes, may have."""
+    path, args = tmp_path / "tokenizer.json", Namespace(llm=tmp_path)
+    shutil.copy(tiny / "llm/tokenizer.json", path)
+    contents = json.loads(path.read_text())
+    n, added = len(contents["model"]["vocab"]), contents["added_tokens"]
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": n, "bos_token_id": 0, "eos_token_id": 1}))
+    added.append(added[0] | {"id": n, "content": "<pad>"})
+    path.write_text(json.dumps(contents))
+    check.check_tokenizer(args)
+    added.append(added[0] | {"id": n + 1, "content": "wheelbarrow", "special": False})
+    path.write_text(json.dumps(contents))
+    with pytest.raises(check.InputError, match=f"has a token {n + 1}, but vocab_size in config.json is {n}"):
+        check.check_tokenizer(args)
+
+
+# -------------------------------------------------------------------------------------------- disk and memory
+
+
+def test_a_full_disk_and_a_folder_without_leave_are_found(checked, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda _: Namespace(free=1000))
+    well, said = checked()
+    assert not well and "out: a checkpoint takes 0.00 GB, 0.0 GB are free, 0.00 are needed" in said
+    assert "are needed" in refused(train, command())
+    monkeypatch.setattr(check.os, "access", lambda folder, mode: False)
+    assert f"problem: {tmp_path}: cannot be written into; choose another --out" in checked()[1]
+
+
+def test_memory_and_checkpoints_on_paper_are_those_of_reproduce(tmp_path, monkeypatch):
+    """16.7 GB of weights, a checkpoint of 101 MB; see REPRODUCE.md."""
+    args = train.parse_arguments(["--out", f"{tmp_path}"])
+    with torch.device("meta"):
+        encoder, decoder = ViT(ViTConfig()), Llama(LlamaConfig())
+        adapt(encoder, "lora", ("q", "v"))
+        adapt(decoder, "lora", ("q_proj", "v_proj"))
+        model = CapeLLM(encoder, decoder)
+    assert "a checkpoint takes 0.10 GB" in check.check_disk(args, check.count(model, True))
+    gpu = Namespace(total_memory=16e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    with pytest.raises(check.InputError, match="the GPU has 16; --checkpoint-activations needs less"):
+        check.check_memory(args, model, 1)
+    gpu.total_memory = 24e9
+    said = check.check_memory(args, model, 8)  # of which each has its own
+    assert "frozen weights 16.7, what trains, with gradients and Adam 0.1, activations (a guess) 4." in said
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(check.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1000}.get(name, 96 * 10**6))
+    for args.dtype, frozen in ("bf16", 16.7), ("fp32", 33.3), (None, 33.3):  # on a CPU
+        assert f"frozen weights {frozen}, " in check.check_memory(args, model, 2)
+    with pytest.raises(check.InputError, match="x 3 processes, this machine has 96 GB; --dtype bf16 "):
+        check.check_memory(args, model, 3)

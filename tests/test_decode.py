@@ -20,9 +20,9 @@ from decode import (
     answer_greedily,
     group_by_length,
     locate,
+    make_prediction,
     mass_near,
     number_distribution,
-    read_coordinates,
 )
 from model import DTYPES, load_network, load_weights, read_checkpoint
 
@@ -295,7 +295,7 @@ def test_distributions_are_those_over_the_digits(shared, n):
     tokens, by_hand = [chat.bos, *question], []
     for before, choice in zip(known, chosen):
         tokens += before
-        hidden = model.llama(model.join(images, torch.tensor([tokens])))[0, -1]
+        hidden = model.llama(model.embed(images, torch.tensor([tokens])))[0, -1]
         scores = model.llama.lm_head(hidden)[chat.coordinates.digits].exp()
         by_hand.append((scores / scores.sum()).numpy())
         assert choice == chat.coordinates.digits[scores.argmax()]
@@ -378,7 +378,7 @@ def test_a_point_in_doubt_between_0_199_and_0_201(chat):
     y = [digit(_5=0.8, _7=0.2), *certain("00")]  # 0.500: 80 %; 0.700 ... 0.799: 0.2 % each
     said = chat.encode(write_point((0.201, 0.5)))[:chat.coordinates.max_tokens]
 
-    greedy, median, mean = (read_coordinates(said, [*x, *y], chat, decoding) for decoding in DECODINGS)
+    greedy, median, mean = (make_prediction(said, [*x, *y], chat, decoding) for decoding in DECODINGS)
     assert greedy.point == median.point == (0.201, 0.5)
     assert mean.point == pytest.approx((0.55 * 0.201 + 0.45 * 0.1495, 0.8 * 0.5 + 0.2 * 0.7495))
     assert greedy.confidence == median.confidence == pytest.approx((0.55 + 99 * 0.0045) * 0.8)  # not 0.100
@@ -393,14 +393,14 @@ def test_a_point_in_doubt_between_0_199_and_0_201(chat):
 def test_the_median_may_lie_where_no_digit_was_chosen(chat):
     x = [digit(_1=0.4, _2=0.35, _3=0.25), *certain("03")]  # 0.103: 40 %; 0.200 ... 0.299: 0.35 % each
     said = chat.encode(write_point((0.103, 0.103)))[:chat.coordinates.max_tokens]
-    assert read_coordinates(said, [*x, *x], chat).point == (0.103, 0.103)
-    assert read_coordinates(said, [*x, *x], chat, "median").point == (0.228, 0.228)  # 40 + 29 * 0.35 > 50
+    assert make_prediction(said, [*x, *x], chat).point == (0.103, 0.103)
+    assert make_prediction(said, [*x, *x], chat, "median").point == (0.228, 0.228)  # 40 + 29 * 0.35 > 50
     mean = 0.4 * 0.103 + 0.35 * 0.2495 + 0.25 * 0.3495
-    assert read_coordinates(said, [*x, *x], chat, "mean").point == pytest.approx((mean, mean))
+    assert make_prediction(said, [*x, *x], chat, "mean").point == pytest.approx((mean, mean))
 
 
 @pytest.mark.parametrize("chat", ["tiny"], indirect=True)
 def test_without_distributions_a_point_is_as_said(chat):
     said = chat.encode(write_point((0.199, 0.5)))
     for decoding in DECODINGS:
-        assert read_coordinates(said, None, chat, decoding) == Prediction((0.199, 0.5), None, said)
+        assert make_prediction(said, None, chat, decoding) == Prediction((0.199, 0.5), None, said)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from mp100 import make_wagons_and_kites
 from PIL import Image
 
-from annotations import read_descriptions, read_instances
 from chat import Category
+from common import read_json
+from data import parse_descriptions, read_instances
 from tools import draw
 
 GRAY, WHITE = (128, 128, 128), (255, 255, 255)
@@ -243,7 +244,7 @@ def test_numbers_are_beside_their_points_and_apart():
 
 def test_a_sheet_takes_turns_between_categories(tmp_path, monkeypatch):
     data = make_wagons_and_kites(tmp_path)
-    categories = read_descriptions(data / "descriptions.json")
+    categories = parse_descriptions(read_json(data / "descriptions.json"), "descriptions.json")
     instances = read_instances(data / "annotations" / "mp100_split1_test.json", categories)
     wagons, kites = instances[0::2], instances[1::2]
     kites[0] = replace(kites[0], box=(0, 0, 20, 30))
@@ -291,7 +292,7 @@ def test_a_tile_shows_what_was_asked_if_it_fits(length, is_shown, monkeypatch):
 
 def test_a_sheet_is_not_mostly_paper(tmp_path, shared):
     data = shared / "mini_mp100"
-    categories = read_descriptions(data / "descriptions.json")
+    categories = parse_descriptions(read_json(data / "descriptions.json"), "descriptions.json")
     instances = read_instances(data / "annotations/mp100_split1_test.json", categories)
     points = [[tuple(p) for p in instance.keypoints.tolist()] for instance in instances]
     draw.draw_sheet(tmp_path / "sheet.png", instances, points, categories, data / "images", n=8)

@@ -17,11 +17,13 @@ from mp100 import CATEGORIES, make_mp100
 from PIL import Image
 from programs import command_line, in_two_processes, read_results, refused, train_briefly
 
+import decode
 import evaluate
 from chat import Category, Chat
 from common import Process, read_json
 from data import Instance, parse_descriptions, read_instances
 from decode import Prediction
+from tools import score
 
 PCK = ["PCK@0.05", "PCK@0.1", "PCK@0.15", "PCK@0.2", "PCK@0.25"]
 
@@ -133,12 +135,12 @@ def test_pairs_count_what_support_and_query_share():
 def test_intervals_are_those_of_the_normal_law_and_of_objects_not_of_pairs():
     """300 objects, of which 80 % score 1: 1.96 standard errors are 4.5 points."""
     scores = np.repeat([0.0, 1], [60, 240])[:, None].repeat(6, 1)
-    found = evaluate.find_intervals(scores, np.arange(300))
+    found = score.find_intervals(scores, np.arange(300))
     assert found.shape == (6, 2)
     assert found == pytest.approx(np.tile([0.8 - 0.045, 0.8 + 0.045], (6, 1)), abs=0.006)
     pairs, queries = np.concatenate([0 * scores, 2 * scores]), np.tile(np.arange(300), 2)  # of the same means
-    assert evaluate.find_intervals(pairs, queries) == pytest.approx(found)
-    never_a_query = evaluate.find_intervals(scores, np.arange(300) * 2)
+    assert score.find_intervals(pairs, queries) == pytest.approx(found)
+    never_a_query = score.find_intervals(scores, np.arange(300) * 2)
     assert never_a_query == pytest.approx(found)
 
 
@@ -366,7 +368,7 @@ def test_backbones_may_have_moved_since_or_be_beside_the_program(
     _, predictions = read_results(tmp_path)  # beside the checkpoint
     assert predictions == expected
     monkeypatch.chdir(tmp_path)  # from where the toy's own backbones, assets/toy/..., are not seen
-    model, chat, contents = evaluate.load_trained(ROOT / "assets/toy/ckpt.pt", torch.device("cpu"))
+    model, chat, contents = decode.load_trained(ROOT / "assets/toy/ckpt.pt", torch.device("cpu"))
     assert not model.training and chat.coordinates.known and contents["args"]["llm"] == "assets/toy/llm"
 
 
@@ -443,10 +445,10 @@ def test_ways_of_asking_that_do_not_fit_are_one_clear_line(tiny, tmp_path):
 
 def test_a_tokenizer_that_joins_some_digits_leaves_only_greedy_decoding(tmp_path):
     chat = make_chat(tmp_path, sentencepiece("lumps"), 1, 2)
-    evaluate.check_decoding(chat, "greedy")
+    decode.check_decoding(chat, "greedy")
     for how in ("mean", False), ("greedy", True):
         with pytest.raises(evaluate.InputError, match="does not spell points in digits"):
-            evaluate.check_decoding(chat, *how)
+            decode.check_decoding(chat, *how)
 
 
 def test_a_checkpoint_of_pretraining_is_refused(checkpoint, tmp_path):
@@ -636,6 +638,6 @@ def test_predictions_may_be_null_and_by_permission_absent(checkpoint, tmp_path):
     instances = read_instances(data / "annotations" / "mp100_split1_test.json", CATEGORIES)
     path.write_text(json.dumps([{"annotation_id": 101, "keypoints": [None, [1, 2], None]},
                                 {"annotation_id": 9, "keypoints": []}]))
-    known, points, facts = evaluate.read_predictions(path, instances, allow_missing=True)
+    known, points, facts = score.read_predictions(path, instances, allow_missing=True)
     assert ([o.annotation_id for o in known], points) == ([101], [[None, (1, 2), None]])
     assert facts == {"without prediction": 5, "predicted but not in the split": 1}

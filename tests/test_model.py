@@ -47,7 +47,7 @@ def gradients(model, loss):
 def test_logits_loss_and_gradients_equal_the_published_code(authors):
     model, expected = authors
     torch.testing.assert_close(model.see(expected["images"]), expected["image_tokens"], atol=1e-5, rtol=0)
-    logits = model.llama.lm_head(model.llama(model.join(expected["images"], expected["tokens"])))
+    logits = model.llama.lm_head(model.llama(model.embed(expected["images"], expected["tokens"])))
     of_image = logits[:, [0, 64, 128, 192, 256]]
     torch.testing.assert_close(logits[:, 257:], expected["logits_text"], atol=1e-5, rtol=0)
     torch.testing.assert_close(of_image, expected["logits_image"], atol=1e-5, rtol=0)

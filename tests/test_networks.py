@@ -114,7 +114,7 @@ def test_blocks_behind_a_cache_equal_one_pass(base):
     for start, end in (0, 9), (9, 14), (14, 15), (15, 24):
         outputs.append(base(x[:, start:end], cache))
         for layer in 0, 1:
-            keys_and_values = cache.read(layer)
+            keys_and_values = cache.get(layer)
             assert [t.shape for t in keys_and_values] == [(2, 2, end, 16)] * 2  # of the key/value heads alone
     close(torch.cat(outputs, dim=1), want)
     assert [*cache.own] == [*whole.own] == [0, 1]
@@ -137,7 +137,7 @@ def test_forks_go_on_from_what_they_share_and_never_look_at_padding(base):
     of_photo, of_row = torch.tensor([1, 0, 0, 1]), torch.tensor([3, 0, 0, 2, 1])
     cache = Cache()
     base(base.embed_tokens(photos), cache)
-    before = [[t.clone() for t in cache.read(layer)] for layer in (0, 1)]
+    before = [[t.clone() for t in cache.get(layer)] for layer in (0, 1)]
     child = cache.fork(of_photo)
     found = read_padded(base, child, more)
     grandchild = child.fork(of_row)
@@ -149,8 +149,8 @@ def test_forks_go_on_from_what_they_share_and_never_look_at_padding(base):
             *(torch.cat((text, block)) for text, block in zip(texts, more[::-1]))]
     for states, text in zip(found, ends, strict=True):
         close(states, base(base.embed_tokens(text[None]))[0, -len(states):])
-    assert [cache.read(layer)[0].shape for layer in (0, 1)] == [(2, 2, 7, 16)] * 2
-    assert all(map(torch.equal, sum(before, []), [t for layer in (0, 1) for t in cache.read(layer)]))
+    assert [cache.get(layer)[0].shape for layer in (0, 1)] == [(2, 2, 7, 16)] * 2
+    assert all(map(torch.equal, sum(before, []), [t for layer in (0, 1) for t in cache.get(layer)]))
 
 
 def test_what_rows_have_in_common_is_kept_once(base):

@@ -19,8 +19,10 @@ from PIL import Image
 
 from chat import Category
 from common import InputError
-from locator import Locator, open_photo, round_off
+from predict import Locator
 from tools import page as page_module
+from tools.photos import open_photo
+from tools.results import round_off
 
 CREATURE = ROOT / "assets/toy/creature.jpg"
 JPEG, BOX = CREATURE.read_bytes(), (70, 52, 125, 112)

@@ -16,10 +16,10 @@ import evaluate
 import predict
 import train
 from chat import Chat
-from checkpoint import read_checkpoint
 from data import Crop, normalize
-from decode import Conversations, answer_plainly
-from llama import Llama
+from decode import answer_greedily
+from llama import Cache, Llama
+from model import read_checkpoint
 from vit import ViT
 
 transformers = pytest.importorskip("transformers")
@@ -65,8 +65,9 @@ def test_it_speaks_english(real, llama):
     """Greedy decoding as in decode.py, with its cache: the question is read behind the first token."""
     chat = Chat(real / "llm")
     first, *rest = chat.encode("The capital of France is")
-    conversations = Conversations(llama, llama.embed_tokens(torch.tensor([[first]])))
-    [answer] = answer_plainly(conversations, [rest], SimpleNamespace(ending=[chat.eos], max_tokens=2))
+    cache = Cache()
+    llama(llama.embed_tokens(torch.tensor([[first]])), cache)
+    [answer] = answer_greedily(llama, cache, [rest], SimpleNamespace(ending=[chat.eos], max_tokens=2))
     assert chat.tokenizer.decode(answer) == " Paris."
 
 
@@ -90,7 +91,7 @@ def test_trains_evaluates_and_predicts_on_photographs(real, data, shared, tmp_pa
         "--data", data, "--descriptions", descriptions, "--llm", real / "llm", "--vit", real / "vit",
         "--image-size", 56, "--pack", "--epochs", 3, "--batch", 2, "--lr", 2e-3, "--warmup", 0,
         "--dtype", "bf16", "--workers", 0, "--out", tmp_path))
-    losses = [float(line.split()[5]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and losses[-1] < 0.9 * losses[0], losses
     weights = read_checkpoint(tmp_path / "ckpt.pt")["model"]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in weights.values())
@@ -103,5 +104,5 @@ def test_trains_evaluates_and_predicts_on_photographs(real, data, shared, tmp_pa
     photo = shared / "mini_mp100/images/animalpose_cat/ca110.jpeg"
     predict.main(command_line(
         tmp_path / "ckpt.pt", photo, "--keypoints", "nose: the tip of the snout, below both eyes",
-        "--out", tmp_path / "cat.png"))
-    assert "nose" in capsys.readouterr().out and (tmp_path / "cat.png").exists()
+        "--out", tmp_path / "found"))
+    assert "nose" in capsys.readouterr().out and (tmp_path / "found/ca110.png").exists()

@@ -26,10 +26,13 @@ from safetensors.torch import load_file
 
 from chat import Category, Chat, Scene
 from common import InputError, read_json
-from data import Crop, crop_of, keep_readable, parse_descriptions, plan_epoch, read_instances
-from evaluate import find_hits, load_trained, read_predictions
+from data import Crop, crop_of, parse_descriptions, plan_epoch, read_instances
+from decode import load_trained
+from evaluate import find_hits
 from lora import trainable_state
 from model import load_network, read_checkpoint
+from tools.check import keep_readable
+from tools.score import read_predictions
 
 N = int(os.environ.get("RUBBISH", 25))
 rubbish = settings(max_examples=N, deadline=None, database=None, derandomize=N == 25,

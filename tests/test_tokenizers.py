@@ -155,7 +155,7 @@ def teach(model, chat, images, turns):
     hidden, said = [], []
     for photo, question, answer in turns:
         tokens = [chat.bos, *question, *answer]
-        states = model.llama(model.join(images[[photo]], torch.tensor([tokens])))[0]
+        states = model.llama(model.embed(images[[photo]], torch.tensor([tokens])))[0]
         hidden.append(states[-len(answer) - 1:-1])  # which predict the answer
         said += answer
     tokens, which = torch.tensor(said).unique(return_inverse=True)
