@@ -15,7 +15,7 @@ ROOMS = ["paper", "tools", "toyworld"]
 ARROWS = {  # what files of the text import when they are imported
     "lora": "", "llama": "", "vit": "", "common": "", "chat": "common", "data": "chat common",
     "model": "chat common llama lora vit", "decode": "chat common data llama model"}
-LATE = ["model", "decode", "train", "evaluate", "predict", "toy"]  # they import a room's file where it is wanted
+LATE = ["model", "decode", "train", "evaluate", "predict", "toy"]  # import a room where it is wanted
 BUDGET = {  # lines; a tenth more is a failure, so that a budget is changed on purpose
     "common": 200, "lora": 70, "llama": 300, "vit": 230, "chat": 170, "data": 330, "model": 180,
     "decode": 310, "train": 410, "evaluate": 400, "predict": 300, "toy": 150}
