@@ -239,12 +239,12 @@ def points_of(predictions):
 
 def spy_on_locate(monkeypatch):
     """-> a list of what locate() is asked and answers, (questions, predictions), one for each call."""
-    calls, locate = [], evaluate.locate
+    calls, locate = [], decode.locate
 
     def spy(model, images, questions, chat, **how):
         calls.append((questions, locate(model, images, questions, chat, **how)))
         return calls[-1][1]
-    monkeypatch.setattr(evaluate, "locate", spy)
+    monkeypatch.setattr(decode, "locate", spy)
     return calls
 
 
@@ -526,7 +526,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_network_is_loaded(check
 def test_a_batch_that_is_too_large_for_the_memory_is_one_line(checkpoint, tmp_path, monkeypatch):
     def locate(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-    monkeypatch.setattr(evaluate, "locate", locate)
+    monkeypatch.setattr(decode, "locate", locate)
     line = refused(evaluate, [checkpoint / "ckpt.pt", "--out", tmp_path / "none", "--workers", 0])
     assert "CUDA out of memory" in line and "--batch" in line
 
@@ -554,7 +554,7 @@ def test_validation_is_pck_of_the_same_objects_and_leaves_training_as_it_was(
         assert of_model is model and not model.training
         asked.extend(images.mean((1, 2, 3)).tolist())
         return [[Prediction((0.5, 0.5)) for _ in of_photo] for of_photo in questions]
-    monkeypatch.setattr(evaluate, "locate", locate)
+    monkeypatch.setattr(decode, "locate", locate)
     chat, process = Chat(args.llm), Process(0, 1, torch.device("cpu"))
     validation = evaluate.Validation(args, chat, CATEGORIES, process)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
