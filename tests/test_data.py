@@ -163,9 +163,9 @@ def test_crowds_and_what_is_empty_or_outside_the_photo_are_left_out(tmp_path, ch
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 5: 2 keypoints.* plate has 1 description"),
+    (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 5 has 2 keypoints.* plate has 1 description"),
     (dict(category_id=7), "category 7 has no descriptions"),
-    *((dict(keypoints=[bad, 30, 1]), "annotation 5: .*numbers") for bad in (math.nan, math.inf, None)),
+    *((dict(keypoints=[bad, 30, 1]), "annotation 5 .*numbers") for bad in (math.nan, math.inf, None)),
     *((changes, "cannot be read") for changes in (
         dict(keypoints=[1, 2, 2, 3]), dict(keypoints="1"), dict(bbox=None), dict(bbox=[1, 2, 3]),
         dict(bbox="1234"), dict(image_id=[]), dict(category_id=[2]))),
