@@ -12,7 +12,6 @@ answers points are fractions of that crop. Letters: B conversations, T tokens of
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def read_instances(path, categories):
                                      "to the file of --descriptions")
                 category = categories[a["category_id"]]
                 if len(points) != len(category.keypoints) or not np.isfinite(points).all():
-                    raise InputError(f"{path}: annotation {a['id']}: {len(points)} keypoints, all of them "
+                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints, all "
                                      f"numbers? {category.name} has {len(category.keypoints)} descriptions")
                 instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
                                           points[:, 2] > 0))
@@ -87,33 +86,6 @@ def clip_box(box, width, height):
     x2 = min(width - 1, x1 + max(0, w - 1))
     y2 = min(height - 1, y1 + max(0, h - 1))
     return x1, y1, x2 - x1, y2 - y1
-
-
-def keep_readable(instances, images, categories, allow_missing=False):
-    """-> the instances whose photo is there. The others are refused or, with allow_missing, left out."""
-    photos = {instance.photo for instance in instances}
-    # what is left out may break off anywhere, and would stop a training later
-    readable = {photo: is_readable(Path(images, photo), to_its_end=allow_missing) for photo in photos}
-    kept = [instance for instance in instances if readable[instance.photo]]
-    missing = [instance for instance in instances if not readable[instance.photo]]
-    if missing and not (allow_missing and kept):
-        counts = Counter(categories[instance.category_id].name for instance in missing)
-        raise InputError(f"{images}: photos of {len(missing)} of {len(instances)} objects are missing or "
-                         f"unreadable ({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. "
-                         f"{missing[0].photo}; complete the folder or leave them out with --allow-missing")
-    return kept
-
-
-def is_readable(path, to_its_end):
-    """Whether a photo has a readable header or, to_its_end, can be decoded to its last pixel."""
-    try:
-        with Image.open(path) as photo:
-            if to_its_end:
-                photo.draft(None, (1, 1))  # a JPEG is read at an eighth of its size, which is fast
-                photo.load()
-        return True
-    except Exception:  # pillow's decoders raise nearly anything
-        return False
 
 
 # ----------------------------------------------------------------------------------------------------- crops

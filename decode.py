@@ -23,6 +23,7 @@ import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from chat import Category
+from common import InputError, reading
 from data import Crop, normalize
 from llama import Cache
 from model import load_network, load_weights, read_checkpoint
@@ -223,6 +225,59 @@ def number_distribution(distributions):
 def mass_near(value, distribution, reach=0.1):
     """How much of a distribution over 0.000 ... 0.999 lies within `reach` of a value."""
     return float(distribution[np.abs(np.arange(1000) / 1000 - value) <= reach + 1e-9].sum())
+
+
+# ------------------------------------------------------------------------------------------- trained models
+
+
+def read_trained(path):
+    """read_checkpoint() -> a checkpoint that can be asked for points. InputError says where there is one."""
+    others = sorted(map(str, Path("runs").glob("*/ckpt.pt")))
+    if others and not Path(path).exists():
+        raise InputError(f"{path}: no such file; there is {', '.join(others)}")
+    checkpoint = read_checkpoint(path)
+    with reading(path, "is it a checkpoint of train.py?"):
+        if checkpoint["args"]["pretrain"]:
+            raise InputError(f"{path}: one of --pretrain, which locates nothing; train from it with --init")
+    return checkpoint
+
+
+def load_trained(path, device, llm=None, vit=None, dtype=None, checkpoint=None):
+    """-> the network, ready to be asked, its Chat, and the checkpoint, which may have been read before.
+
+    llm, vit: where the published weights are, if they were moved since. dtype: see load_network().
+    """
+    checkpoint = checkpoint or read_trained(path)
+    with reading(path, "is it a checkpoint of train.py?"):
+        args = Namespace(**checkpoint["args"])
+        args.llm, args.vit = find(llm or args.llm), find(vit or args.vit)
+        model, chat = load_network(args, device, dtype)
+    load_weights(model, checkpoint, path)
+    return model.eval(), chat, checkpoint
+
+
+def find(path):
+    """A path below the current folder or, for programs that are started elsewhere, beside this file."""
+    beside = Path(__file__).parent / path
+    return beside if beside.exists() and not Path(path).exists() else path
+
+
+def choose_locate(args, cumulative=False):
+    """What asks a model that was trained with these arguments: decode.locate(), or one of paper/ like it."""
+    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
+        from paper.iccv import locate_in_turns
+        return partial(locate_in_turns, cumulative=cumulative)
+    if args.answer == "token":  # Table 8
+        from paper.keypoint_token import locate as locate_token
+        return locate_token
+    return locate
+
+
+def check_decoding(chat, decode, constrained=False):
+    """InputError if answers cannot be read in the way that was asked for."""
+    if (constrained or decode != "greedy") and not chat.coordinates.known:
+        raise InputError(f"--{'constrained' if constrained else f'decode {decode}'}: this model does not "
+                         "spell points in digits, one or three at a time; leave it out")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ PCK@t is the share of an object's visible keypoints that are predicted closer th
 its box, averaged over objects. mPCK is the mean over five thresholds. Letters: N objects, K keypoints.
 """
 
-import math
 import random
 from argparse import Namespace
 from functools import partial
@@ -28,15 +27,14 @@ from common import (
     positive,
     printable,
     read_json,
-    reading,
     run,
     say,
     start_processes,
     write_json,
 )
-from data import annotation_file, crop_of, keep_readable, normalize, parse_descriptions, read_instances
-from decode import DECODINGS, locate
-from model import DTYPES, load_network, load_weights, read_checkpoint
+from data import annotation_file, crop_of, normalize, parse_descriptions, read_instances
+from decode import DECODINGS, check_decoding, choose_locate, find, load_trained, read_trained
+from model import DTYPES
 
 # ---------------------------------------------------------------------------------------------------- metric
 
@@ -80,18 +78,6 @@ def pck_of_pairs(instances, predicted, category_ids):
     return np.array([share(hits[q], instances[s].visible & instances[q].visible) for s, q in pairs]), pairs
 
 
-def find_intervals(shares, objects):
-    """The 95 % interval of each column's mean. Bootstrap: the objects are drawn anew 2,000 times.
-
-    shares (rows, 6); objects (rows,): the one that each row is about -> (6, 2).
-    """
-    N, objects = len(set(objects)), np.unique(objects, return_inverse=True)[1]
-    sums = np.zeros((N, 7))  # of each object's rows, and their number
-    np.add.at(sums, objects, np.c_[shares, np.ones(len(shares))])
-    drawn = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=2000) @ sums  # (2000, 7)
-    return np.percentile(drawn[:, :6] / drawn[:, 6:], (2.5, 97.5), axis=0).T
-
-
 def make_report(instances, predicted, categories, annotations, protocol, **facts):
     """predicted[i]: instance i's K points in pixels, None for no answer. -> what report.json holds."""
     shares, queries = pck_of_queries(instances, predicted), np.arange(len(instances))
@@ -103,6 +89,8 @@ def make_report(instances, predicted, categories, annotations, protocol, **facts
         queries = np.array(pairs)[:, 1]
     shares = np.c_[shares, shares.mean(1)]  # (rows, 6)
     category_ids = np.array([instance.category_id for instance in instances])[queries]
+
+    from tools.score import find_intervals
 
     def by_column(values):
         return dict(zip(COLUMNS, values.tolist()))
@@ -126,80 +114,7 @@ def print_report(report):
         print("not one answer holds coordinates: is this checkpoint trained to the end, with these weights?")
 
 
-def read_predictions(path, instances, allow_missing):
-    """A predictions.json -> the instances that it has, their points, and facts about the others."""
-    points, annotated = {}, {o.annotation_id: len(o.keypoints) for o in instances}
-    with reading(path, 'it should be [{"annotation_id": 7, "keypoints": [[x, y], ...]}, ...]'):
-        for entry in read_json(path):
-            number, of_object = entry["annotation_id"], entry["keypoints"]
-            if number in points:
-                raise InputError(f"{path}: annotation {number} is predicted twice")
-            points[number] = [p if p is None else tuple(map(float, p)) for p in of_object]
-            if not all(p is None or len(p) == 2 and math.isfinite(sum(p)) for p in points[number]):
-                raise InputError(f"{path}: annotation {number} has a point that is not two numbers")
-            if len(of_object) != annotated.get(number, len(of_object)):
-                raise InputError(f"{path}: annotation {number} has {len(of_object)} keypoints predicted, "
-                                 f"{annotated[number]} annotated")
-    known = [o for o in instances if o.annotation_id in points]
-    absent, others = annotated.keys() - points, points.keys() - annotated
-    if absent and not (known and allow_missing):
-        raise InputError(f"{path}: no prediction for {len(absent)} of {len(annotated)} objects, e.g. "
-                         f"annotation {min(absent)}; is it of this split? (--allow-missing leaves them out)")
-    facts = {"without prediction": len(absent), "predicted but not in the split": len(others)}
-    return known, [points[o.annotation_id] for o in known], {name: n for name, n in facts.items() if n}
-
-
 # ---------------------------------------------------------------------------------------- asking a checkpoint
-
-
-def read_trained(path):
-    """read_checkpoint() -> a checkpoint that can be asked for points. InputError says where there is one."""
-    others = sorted(map(str, Path("runs").glob("*/ckpt.pt")))
-    if others and not Path(path).exists():
-        raise InputError(f"{path}: no such file; there is {', '.join(others)}")
-    checkpoint = read_checkpoint(path)
-    with reading(path, "is it a checkpoint of train.py?"):
-        if checkpoint["args"]["pretrain"]:
-            raise InputError(f"{path}: one of --pretrain, which locates nothing; train from it with --init")
-    return checkpoint
-
-
-def load_trained(path, device, llm=None, vit=None, dtype=None, checkpoint=None):
-    """-> the network, ready to be asked, its Chat, and the checkpoint, which may have been read before.
-
-    llm, vit: where the published weights are, if they were moved since. dtype: see load_network().
-    """
-    checkpoint = checkpoint or read_trained(path)
-    with reading(path, "is it a checkpoint of train.py?"):
-        args = Namespace(**checkpoint["args"])
-        args.llm, args.vit = find(llm or args.llm), find(vit or args.vit)
-        model, chat = load_network(args, device, dtype)
-    load_weights(model, checkpoint, path)
-    return model.eval(), chat, checkpoint
-
-
-def find(path):
-    """A path below the current folder or, for programs that are started elsewhere, beside this file."""
-    beside = Path(__file__).parent / path
-    return beside if beside.exists() and not Path(path).exists() else path
-
-
-def choose_locate(args, cumulative=False):
-    """What asks a model that was trained with these arguments: decode.locate(), or one of paper/ like it."""
-    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
-        from paper.iccv import locate_in_turns
-        return partial(locate_in_turns, cumulative=cumulative)
-    if args.answer == "token":  # Table 8
-        from paper.keypoint_token import locate as locate_token
-        return locate_token
-    return locate
-
-
-def check_decoding(chat, decode, constrained=False):
-    """InputError if answers cannot be read in the way that was asked for."""
-    if (constrained or decode != "greedy") and not chat.coordinates.known:
-        raise InputError(f"--{'constrained' if constrained else f'decode {decode}'}: this model does not "
-                         "spell points in digits, one or three at a time; leave it out")
 
 
 class Photos(torch.utils.data.Dataset):
@@ -261,6 +176,7 @@ class Validation:
     """What train.py --validate measures: PCK@0.2 of the same 100 objects of the validation set."""
 
     def __init__(self, args, chat, categories, process):
+        from tools.check import keep_readable
         instances, images = read_subset(args.data, args.split, "val", categories)
         instances = random.Random(0).sample(instances, min(100, len(instances)))
         self.instances = keep_readable(instances, images, categories, args.allow_missing)
@@ -347,11 +263,12 @@ def main(argv):
     data, split = args.data or trained["data"], args.split or trained["split"]
     annotations, categories = annotation_file(data, split, args.subset), read_categories(args, checkpoint)
     instances, images = read_subset(data, split, args.subset, categories)
-    from tools.check import describe_shortfall
+    from tools.check import describe_shortfall, keep_readable
     if shortfall := describe_shortfall(annotations):
         say(shortfall)
     facts = {"split": split, "subset": args.subset} | ({"cumulative": True} if args.cumulative else {})
     if args.score:
+        from tools.score import read_predictions
         instances, points, others = read_predictions(args.score, instances, args.allow_missing)
         report = make_report(instances, points, categories, annotations, args.protocol, **facts, **others)
         print_report(report)

@@ -255,10 +255,13 @@ class Llama(nn.Module):
         if index.exists():  # large models come in several files
             files = set(json.loads(index.read_text())["weight_map"].values())
         for name in sorted(files):
-            with safe_open(directory / name, framework="pt", device=str(device)) as file:
-                for key in file.keys():
-                    if not key.endswith("rotary_emb.inv_freq"):  # in old files; it follows from the config
-                        state[key.removeprefix("model.")] = file.get_tensor(key).to(dtype)
+            try:
+                file = safe_open(directory / name, framework="pt", device=str(device))
+            except Exception as e:
+                raise ValueError(f"{name}: {e}") from e
+            for key in file.keys():
+                if not key.endswith("rotary_emb.inv_freq"):  # in old files; it follows from the config
+                    state[key.removeprefix("model.")] = file.get_tensor(key).to(dtype)
         if config.tie_word_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, strict=True, assign=True)

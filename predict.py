@@ -9,8 +9,7 @@
     points = locator("photo.jpg", {"nose": "the tip of the snout, below both eyes"}, box=(40, 60, 300, 380))
     points["nose"].x, points["nose"].y, points["nose"].confidence
 
-A keypoint is a name and a description that says where it is and what is beside it. A box is x, y, width and
-height in pixels of the photo as a viewer shows it, upright.
+A keypoint is a name and a description. A box is x, y, width and height in pixels of the upright photo.
 """
 
 import difflib
@@ -26,8 +25,7 @@ import torch
 from chat import Category
 from common import InputError, Parser, positive, read_json, reading, run, start_processes
 from data import Crop, average_blocks, normalize, parse_descriptions
-from decode import DECODINGS
-from evaluate import check_decoding, choose_locate, load_trained, read_trained
+from decode import DECODINGS, check_decoding, choose_locate, load_trained, read_trained
 from model import DTYPES
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions.json"
@@ -132,9 +130,9 @@ def split_words(name):
 def find_set(name, sets):
     """The set of a name -> Category. If there is none, InputError says which others share a word with it."""
     words = split_words(name)
-    alike = [one for one in sets if split_words(one) == words]
-    if name in sets or alike:
-        return sets[name if name in sets else alike[0]]
+    alike = [one for one in sets if one == name] or [one for one in sets if split_words(one) == words]
+    if alike:
+        return sets[alike[0]]
     shared = [one for one in sets if {*words} <= {*split_words(one)} or {*words} > {*split_words(one)}]
     close = shared or difflib.get_close_matches(name.casefold(), sets, cutoff=0.7)
     known = f"did you mean {' or '.join(close[:3])}? Or" if close else "--list shows those there are; or"

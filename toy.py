@@ -23,6 +23,7 @@ import evaluate
 import train
 from common import InputError, Parser, natural, read_json, run
 from data import annotation_file, crop_of, parse_descriptions, read_instances
+from tools.score import read_predictions
 from toyworld.creatures import draw_toy, write_descriptions
 
 # relative to where the program runs, so that checkpoints find the backbones after the folder was moved
@@ -86,7 +87,7 @@ def print_table(out, others):
         return replace(instance, keypoints=instance.keypoints[order], visible=instance.visible[order])
 
     def read(folder):
-        _, points, _ = evaluate.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
+        _, points, _ = read_predictions(folder / "predictions.json", unseen, allow_missing=False)
         return points
 
     rows = {

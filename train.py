@@ -33,7 +33,6 @@ from data import (
     annotation_file,
     collate,
     group_keypoints,
-    keep_readable,
     normalize,
     parse_descriptions,
     plan_epoch,
@@ -351,7 +350,7 @@ def load(args, device, checkpoint):
 
 
 def main(argv):
-    from tools.check import check_all, check_briefly
+    from tools.check import check_all, check_briefly, keep_readable
     args = parse_arguments(argv)
     if args.check:
         return check_all(args)

@@ -26,11 +26,11 @@ from data import (
     TrainingSet,
     collate,
     crop_of,
-    keep_readable,
     parse_descriptions,
     plan_epoch,
     read_instances,
 )
+from tools.check import keep_readable
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 

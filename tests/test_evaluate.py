@@ -17,11 +17,13 @@ from mp100 import CATEGORIES, make_mp100
 from PIL import Image
 from programs import command_line, in_two_processes, read_results, refused, train_briefly
 
+import decode
 import evaluate
 from chat import Category, Chat
 from common import Process, read_json
 from data import Instance, parse_descriptions, read_instances
 from decode import Prediction
+from tools import score
 
 PCK = ["PCK@0.05", "PCK@0.1", "PCK@0.15", "PCK@0.2", "PCK@0.25"]
 
@@ -133,12 +135,12 @@ def test_pairs_count_what_support_and_query_share():
 def test_intervals_are_those_of_the_normal_law_and_of_objects_not_of_pairs():
     """300 objects, of which 80 % score 1: 1.96 standard errors are 4.5 points."""
     scores = np.repeat([0.0, 1], [60, 240])[:, None].repeat(6, 1)
-    found = evaluate.find_intervals(scores, np.arange(300))
+    found = score.find_intervals(scores, np.arange(300))
     assert found.shape == (6, 2)
     assert found == pytest.approx(np.tile([0.8 - 0.045, 0.8 + 0.045], (6, 1)), abs=0.006)
     pairs, queries = np.concatenate([0 * scores, 2 * scores]), np.tile(np.arange(300), 2)  # of the same means
-    assert evaluate.find_intervals(pairs, queries) == pytest.approx(found)
-    never_a_query = evaluate.find_intervals(scores, np.arange(300) * 2)
+    assert score.find_intervals(pairs, queries) == pytest.approx(found)
+    never_a_query = score.find_intervals(scores, np.arange(300) * 2)
     assert never_a_query == pytest.approx(found)
 
 
@@ -237,12 +239,12 @@ def points_of(predictions):
 
 def spy_on_locate(monkeypatch):
     """-> a list of what locate() is asked and answers, (questions, predictions), one for each call."""
-    calls, locate = [], evaluate.locate
+    calls, locate = [], decode.locate
 
     def spy(model, images, questions, chat, **how):
         calls.append((questions, locate(model, images, questions, chat, **how)))
         return calls[-1][1]
-    monkeypatch.setattr(evaluate, "locate", spy)
+    monkeypatch.setattr(decode, "locate", spy)
     return calls
 
 
@@ -366,7 +368,7 @@ def test_backbones_may_have_moved_since_or_be_beside_the_program(
     _, predictions = read_results(tmp_path)  # beside the checkpoint
     assert predictions == expected
     monkeypatch.chdir(tmp_path)  # from where the toy's own backbones, assets/toy/..., are not seen
-    model, chat, contents = evaluate.load_trained(ROOT / "assets/toy/ckpt.pt", torch.device("cpu"))
+    model, chat, contents = decode.load_trained(ROOT / "assets/toy/ckpt.pt", torch.device("cpu"))
     assert not model.training and chat.coordinates.known and contents["args"]["llm"] == "assets/toy/llm"
 
 
@@ -443,10 +445,10 @@ def test_ways_of_asking_that_do_not_fit_are_one_clear_line(tiny, tmp_path):
 
 def test_a_tokenizer_that_joins_some_digits_leaves_only_greedy_decoding(tmp_path):
     chat = make_chat(tmp_path, sentencepiece("lumps"), 1, 2)
-    evaluate.check_decoding(chat, "greedy")
+    decode.check_decoding(chat, "greedy")
     for how in ("mean", False), ("greedy", True):
         with pytest.raises(evaluate.InputError, match="does not spell points in digits"):
-            evaluate.check_decoding(chat, *how)
+            decode.check_decoding(chat, *how)
 
 
 def test_a_checkpoint_of_pretraining_is_refused(checkpoint, tmp_path):
@@ -524,7 +526,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_network_is_loaded(check
 def test_a_batch_that_is_too_large_for_the_memory_is_one_line(checkpoint, tmp_path, monkeypatch):
     def locate(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-    monkeypatch.setattr(evaluate, "locate", locate)
+    monkeypatch.setattr(decode, "locate", locate)
     line = refused(evaluate, [checkpoint / "ckpt.pt", "--out", tmp_path / "none", "--workers", 0])
     assert "CUDA out of memory" in line and "--batch" in line
 
@@ -552,7 +554,7 @@ def test_validation_is_pck_of_the_same_objects_and_leaves_training_as_it_was(
         assert of_model is model and not model.training
         asked.extend(images.mean((1, 2, 3)).tolist())
         return [[Prediction((0.5, 0.5)) for _ in of_photo] for of_photo in questions]
-    monkeypatch.setattr(evaluate, "locate", locate)
+    monkeypatch.setattr(decode, "locate", locate)
     chat, process = Chat(args.llm), Process(0, 1, torch.device("cpu"))
     validation = evaluate.Validation(args, chat, CATEGORIES, process)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -636,6 +638,6 @@ def test_predictions_may_be_null_and_by_permission_absent(checkpoint, tmp_path):
     instances = read_instances(data / "annotations" / "mp100_split1_test.json", CATEGORIES)
     path.write_text(json.dumps([{"annotation_id": 101, "keypoints": [None, [1, 2], None]},
                                 {"annotation_id": 9, "keypoints": []}]))
-    known, points, facts = evaluate.read_predictions(path, instances, allow_missing=True)
+    known, points, facts = score.read_predictions(path, instances, allow_missing=True)
     assert ([o.annotation_id for o in known], points) == ([101], [[None, (1, 2), None]])
     assert facts == {"without prediction": 5, "predicted but not in the split": 1}

@@ -14,11 +14,11 @@ TEXT = "common lora llama vit chat data model decode train evaluate predict toy"
 ROOMS = ["paper", "tools", "toyworld"]
 ARROWS = {  # what files of the text import when they are imported
     "lora": "", "llama": "", "vit": "", "common": "", "chat": "common", "data": "chat common",
-    "model": "chat common llama lora vit", "decode": "chat data llama model"}
-LATE = ["model", "train", "evaluate", "predict", "toy"]  # they import a room's file where it is wanted
+    "model": "chat common llama lora vit", "decode": "chat common data llama model"}
+LATE = ["model", "decode", "train", "evaluate", "predict", "toy"]  # import a room where it is wanted
 BUDGET = {  # lines; a tenth more is a failure, so that a budget is changed on purpose
-    "common": 200, "lora": 70, "llama": 300, "vit": 230, "chat": 170, "data": 330, "model": 180,
-    "decode": 250, "train": 410, "evaluate": 400, "predict": 300, "toy": 150}
+    "common": 200, "lora": 70, "llama": 300, "vit": 230, "chat": 170, "data": 290, "model": 180,
+    "decode": 310, "train": 400, "evaluate": 320, "predict": 290, "toy": 150}
 FILES = sorted(path for folder in (".", "tests", *ROOMS) for path in (ROOT / folder).glob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
@@ -54,9 +54,9 @@ def test_the_lower_floors_import_what_they_may(name):
 @pytest.mark.parametrize("name", TEXT)
 def test_the_text_imports_rooms_late_or_not_at_all(name):
     at_once, ever = imports(nodes_of_module(tree_of(name))), imports(ast.walk(tree_of(name)))
-    assert not at_once & {*ROOMS}
+    assert not at_once & {*ROOMS} or name == "toy"  # which is about a room
     assert name in LATE or not ever & {*ROOMS}
-    assert at_once <= {*TEXT} and ever <= {*TEXT, *ROOMS}
+    assert at_once - {*ROOMS} <= {*TEXT} and ever <= {*TEXT, *ROOMS}
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -13,6 +13,7 @@ from PIL import Image
 from programs import command_line, know_answers, refused
 from pycocotools.coco import COCO
 
+import decode
 import predict
 from chat import Category
 from common import InputError, read_json
@@ -142,7 +143,8 @@ def test_a_coco_file_says_what_is_unsure(tmp_path):
     [category], [annotation] = raw["categories"], raw["annotations"]
     assert (category["keypoints"], category["skeleton"]) == (["a", "b", "c", "d"], [[1, 2]])
     assert annotation["keypoints"] == [1.5, 2.5, 2, 3, 4, 1, 0, 0, 0, 5, 6, 2]
-    assert (annotation["num_keypoints"], annotation["score"], annotation["bbox"]) == (3, 0.4, [0, 0, 100, 50])
+    assert (annotation["num_keypoints"], annotation["score"]) == (3, 0.4)
+    assert (annotation["bbox"], annotation["area"]) == ([0, 0, 100, 50], 5000)
 
 
 def test_photos_of_one_name_have_names_of_their_own(tmp_path, answered):
@@ -186,20 +188,21 @@ def test_boxes_from_a_coco_file_and_results_that_cocos_tools_load(data, answered
 
 
 def test_a_detectors_list_goes_by_the_numbers_of_photos(tmp_path, answered, capsys):
-    for name in "12.png", "COCO_val_000000000139.png", "7.png", "b_7.png":
+    for name in "12.png", "COCO_val_000000000139.png", "7.png", "b_7.png", "a_5.png", "b_5.png":
         Image.new("RGB", (40, 30)).save(tmp_path / name)
     (tmp_path / "found.json").write_text(json.dumps([
         {"image_id": 139, "category_id": 1, "bbox": [1, 2, 30, 20], "score": 0.9},
         {"image_id": "7", "category_id": 2, "bbox": [3, 4, 10, 20], "score": 0.8},
         {"image_id": 12, "category_id": 1, "bbox": [5.5, 6, 7, 8], "score": 0.3},
-        {"image_id": 8, "category_id": 1, "bbox": [5, 6, 7, 8], "score": 0.3}]))
+        {"image_id": 8, "category_id": 1, "bbox": [5, 6, 7, 8], "score": 0.3},
+        {"image_id": 5, "category_id": 1, "bbox": [5, 6, 7, 8], "score": 0.3}]))
     predict.main(command_line(TOY, tmp_path, "--boxes", tmp_path / "found.json", "--out", tmp_path / "out"))
     assert answered[0][2] == [(1, 2, 30, 20), (3, 4, 10, 20), (5.5, 6, 7, 8)]
-    trained = predict.read_trained(TOY)["descriptions"]
+    trained = decode.read_trained(TOY)["descriptions"]
     sets = [trained["keypoint_sets"][trained["categories"][n]["keypoint_set"]] for n in "121"]
     assert answered[0][1] == [[tuple(keypoint.values()) for keypoint in one] for one in sets]
     said = capsys.readouterr().err
-    assert "left out 1 of 4 objects: no photo has their image_id, e.g. 8" in said
+    assert "left out 2 of 5 objects, e.g. of image_id 8: no photo has their image_id" in said
     assert "by the checkpoint's numbers 1 is tetaga, 2 is votade" in said
 
 
@@ -214,8 +217,8 @@ def test_objects_that_cannot_be_asked_about_are_left_out(data, answered, tmp_pat
                               data / "descriptions.json"))
     assert answered == [([(110, 80)], [KITE.keypoints], [(10, 15, 56, 50)])]
     said = capsys.readouterr().err
-    assert "left out 2 of 4 objects: without a box" in said
-    assert 'left out 1 of 4 objects: category "dog": no such set of keypoints' in said
+    assert "left out 2 of 4 objects, e.g. of image_id 1: no box" in said
+    assert 'left out 1 of 4 objects, e.g. of image_id 1: category "dog": no such set of keypoints' in said
 
 
 @pytest.mark.parametrize("contents", [

@@ -16,13 +16,14 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import llama
 import vit
 from chat import Chat
 from common import InputError, read_json, reading, run
-from data import annotation_file, is_readable, parse_descriptions, read_instances
+from data import annotation_file, parse_descriptions, read_instances
 from model import CapeLLM, adapt
 
 N_CATEGORIES = {"train": 70, "val": 10, "test": 20}  # of each of MP-100's splits (paper, section 4.1)
@@ -59,6 +60,33 @@ def describe_shortfall(annotations):
     elif subset == "train" and counts.total() < 0.9 * N_TRAIN:
         lacks.append(f"{counts.total():,} of about {N_TRAIN:,} objects")
     return f"{annotations}: holds only {' and '.join(lacks)}" if lacks else ""
+
+
+def keep_readable(instances, images, categories, allow_missing=False):
+    """-> the instances whose photo is there. The others are refused or, with allow_missing, left out."""
+    photos = {instance.photo for instance in instances}
+    # what is left out may break off anywhere, and would stop a training later
+    readable = {photo: is_readable(Path(images, photo), to_its_end=allow_missing) for photo in photos}
+    kept = [instance for instance in instances if readable[instance.photo]]
+    missing = [instance for instance in instances if not readable[instance.photo]]
+    if missing and not (allow_missing and kept):
+        counts = Counter(categories[instance.category_id].name for instance in missing)
+        raise InputError(f"{images}: photos of {len(missing)} of {len(instances)} objects are missing or "
+                         f"unreadable ({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. "
+                         f"{missing[0].photo}; complete the folder or leave them out with --allow-missing")
+    return kept
+
+
+def is_readable(path, to_its_end):
+    """Whether a photo has a readable header or, to_its_end, can be decoded to its last pixel."""
+    try:
+        with Image.open(path) as photo:
+            if to_its_end:
+                photo.draft(None, (1, 1))  # a JPEG is read at an eighth of its size, which is fast
+                photo.load()
+        return True
+    except Exception:  # pillow's decoders raise nearly anything
+        return False
 
 
 def check_annotations(args, categories):

@@ -4,7 +4,6 @@ import io
 import math
 import re
 import sys
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import glob
@@ -147,7 +146,7 @@ def read_boxes(path, folder, find_set, trained):
     folder: of the photos. find_set: a category's name -> Category, or InputError. trained: the checkpoint's
     descriptions, whose numbers of categories a list goes by.
     """
-    raw, jobs, left_out = read_json(path), [], Counter()
+    raw, jobs, left_out = read_json(path), [], {}
     with reading(path, "is it a COCO file, or a list of detections, with boxes?"):
         if isinstance(raw, list):
             entries, places = raw, number_photos(folder)
@@ -162,16 +161,16 @@ def read_boxes(path, folder, find_set, trained):
             number, kind = str(entry["image_id"]), str(entry["category_id"])
             numbers = [math.nan if number is None else float(number) for number in entry.get("bbox") or []]
             box, category = read_box(*numbers) if numbers else None, sets[kind]
-            if box is None or entry.get("iscrowd"):
-                left_out["without a box, or a crowd"] += 1
-            elif number not in places:
-                left_out[f"no photo has their image_id, e.g. {number}"] += 1
-            elif isinstance(category, str):
-                left_out[f"category {category}"] += 1
+            why = ("no box, or a crowd" if box is None or entry.get("iscrowd") else
+                   "no photo has their image_id" if number not in places else
+                   f"category {category}" if isinstance(category, str) else None)
+            if why:
+                left_out.setdefault(why, []).append(number)
             else:
                 jobs.append(Job(*places[number], box, category, entry["image_id"], entry["category_id"]))
-    for why, n in left_out.items():
-        print(printable(f"{path}: left out {n} of {len(entries)} objects: {why}"), file=sys.stderr)
+    for why, numbers in left_out.items():
+        print(printable(f"{path}: left out {len(numbers)} of {len(entries)} objects, e.g. of image_id "
+                        f"{numbers[0]}: {why}"), file=sys.stderr)
     if not jobs:
         raise InputError(f"{path}: no box in it that can be used")
     if entries is raw:
