@@ -101,17 +101,6 @@ def train_until_signal(step, number, arguments):
     return stop.value.code
 
 
-def spy_on(module, name, monkeypatch):
-    """-> a list to which every call of module.name adds its positional arguments."""
-    calls, function = [], getattr(module, name)
-
-    def call(*args, **options):
-        calls.append(args)
-        return function(*args, **options)
-    monkeypatch.setattr(module, name, call)
-    return calls
-
-
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -148,13 +137,14 @@ def test_two_processes_give_the_parameters_and_losses_of_one(arguments, trained,
     done = subprocess.run(command, capture_output=True, **SUBPROCESS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("batch 4 = micro-batch 1 x 2 processes x 2 accumulated, on cpu") == 1
-    assert done.stdout.count("PCK@0.2") == 3  # one of the two speaks
+    assert done.stdout.count("on 6 objects of the validation set") == 3  # one of the two speaks
     one, two = trained(*options, out="one"), read_checkpoint(tmp_path / "two")
     for key in "loss", "norm":  # the norm tells of a wrong mean, which AdamW would not mind
         assert column(tmp_path / "two", key) == pytest.approx(column(tmp_path / "one", key), abs=1e-4)
     assert_equal(one["model"], two["model"], atol=1e-6)
     moved = [t.abs().max() for name, t in one["model"].items() if name.endswith("lora_B")]  # from zero
     assert min(moved) > 1e-3
+    assert scores_of(tmp_path / "two") == scores_of(tmp_path / "one")
 
 
 def test_gradients_are_exchanged_once_a_step(trained, monkeypatch):
@@ -258,15 +248,11 @@ def test_compiled_blocks_and_checkpointed_activations_train_to_the_same_weights(
 # ------------------------------------------------------------------------------------------------- validation
 
 
-def test_validation_changes_nothing_and_measures_the_same_in_two_processes(arguments, trained, tmp_path):
-    plain, watched = trained("--lr", 0.01, out="plain"), trained("--lr", 0.01, "--validate", 3, out="watched")
+def test_validation_changes_nothing(arguments, trained, tmp_path):
+    plain, watched = trained(out="plain"), trained("--validate", 3, out="watched")
     for part in "model", "optimizer":
         assert_equal(watched[part], plain[part])
-    scores = scores_of(tmp_path / "watched")
-    assert [*scores] == [3, 6, 8] and not (tmp_path / "plain/best.pt").exists()
-    said = in_two_processes(train.main, arguments("--lr", 0.01, "--validate", 3, out="two"), tmp_path)
-    assert said[0].count("on 6 objects of the validation set") == 3 and "PCK" not in said[1]
-    assert scores_of(tmp_path / "two") == scores
+    assert [*scores_of(tmp_path / "watched")] == [3, 6, 8] and not (tmp_path / "plain/best.pt").exists()
     assert "locates nothing" in refused(train, arguments("--pretrain", "direct", "--validate", 3))
 
 
@@ -355,12 +341,12 @@ def start_and_wait(arguments, folder, steps, **how):
 
 def test_a_run_that_is_killed_goes_on_to_the_same_end(arguments, tmp_path):
     """tests/kill.py does this as often as one likes, and under torchrun."""
-    options = ["--epochs", 5, "--workers", 1, "--save-every", 1]
+    options = ["--workers", 1, "--save-every", 1]
     train.main(arguments(*options, out="straight"))
-    program = start_and_wait(arguments(*options), tmp_path / "run", 5)
+    program = start_and_wait(arguments(*options), tmp_path / "run", 3)
     program.kill()
     program.communicate()
-    assert 4 <= read_checkpoint(tmp_path / "run")["step"] < 20
+    assert 2 <= read_checkpoint(tmp_path / "run")["step"] < 8
     (tmp_path / "run/ckpt.part").write_bytes(b"half")
     train.main(arguments(*options))
     assert_same_run(tmp_path / "run", tmp_path / "straight")
