@@ -58,7 +58,7 @@ def make_parser():
     add("--lr", type=float, default=5e-4, metavar="X", help="highest learning rate of AdamW")
     add("--warmup", type=float, default=0.03, metavar="X", help="share of steps in which it rises")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="AdamW's weight decay")
-    add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient; inf is any")
+    add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient; 0 is any")
     add("--rounds", type=number_of_rounds, default=4, metavar="N",
         help="keypoints asked in a conversation (Table 4), or dynamic")
     add("--seed", type=natural, default=42, metavar="N", help="of all that is random")
@@ -272,7 +272,7 @@ def fit(args, process, model, optimizer, batches, steps, validation, texts, best
         for step in steps:
             began, done = time.perf_counter(), step + 1
             epoch, loss, n_tokens = add_gradients(model, learner, batches, step, args, process)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
             # all processes agree on the mean loss, and on whether to stop
             sums = torch.stack([loss / world, torch.tensor(float(len(caught)), device=device)])
             if world > 1:
@@ -295,7 +295,7 @@ def fit(args, process, model, optimizer, batches, steps, validation, texts, best
             bar.set_postfix_str(f"loss {loss:.4f}, {line['tokens_per_second']:,} tokens/s")
             bar.update()
             is_last, is_best = done == steps.stop, False
-            if args.validate and (done % args.validate == 0 or is_last) and not is_stopped:
+            if args.validate and (is_last or done % args.validate == 0 and not is_stopped):
                 score, n = validation.measure(model)
                 line["PCK@0.2"] = score
                 if rank == 0:
