@@ -17,6 +17,12 @@ WORDINGS = [
     "give the coordinates of the {}."]
 
 
+def ask_as_the_authors(scene):
+    """The wording of the question in the authors' code."""
+    return [(f"User: Where is the {name} of this object in this image? Please provide its coordinates.\n"
+             f"Reference: {description}\nAssistant:", point) for (name, description), point in scene.asked]
+
+
 def ask_by_name(scene):
     """Without descriptions (Table 3)."""
     return [(f"User: where is the {name}?\nAssistant:", point) for (name, _), point in scene.asked]
@@ -73,7 +79,8 @@ def pretrain_step_by_step(scene):
     return conversation
 
 
-INSTRUCTIONS = {"description": ask_with_description, "name": ask_by_name, "list": ask_after_list,
+INSTRUCTIONS = {"description": ask_with_description, "authors": ask_as_the_authors, "name": ask_by_name,
+                "list": ask_after_list,
                 "diverse": ask_diversely, "outline": ask_after_outline,
                 "diverse-outline": ask_diversely_after_outline, "step": ask_step_by_step}
 PRETRAINING = {"direct": pretrain_directly, "step": pretrain_step_by_step}
