@@ -72,7 +72,8 @@ def main(argv):
     categories = read_descriptions(HERE / "descriptions.json")
     train, test = (args.data / f"annotations/mp100_split1_{split}.json" for split in ("train", "test"))
     instances, reports = read_instances(test, categories), {}
-    means = mean_places(read_instances(train, categories), categories)
+    trained = [o for o in read_instances(train, categories) if not o.photo.startswith("mirrored/")]
+    means = mean_places(trained, categories)
     guesses = {"mean place": guess_means(instances, categories, means)}
     for size in args.sizes:
         vit = ViT.load(args.vit, size).eval()

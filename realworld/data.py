@@ -4,7 +4,8 @@
 
 Each folder holds images/ and, in annotations.json or annotations/, COCO keypoints. Photos stay where they are:
 OUT/images links to them. Training sees each photo twice, as it is and mirrored, where left and right change
-places in the names of the keypoints as well.
+places in the names of the keypoints as well. Split 1 is for pre-training. Split 2 differs in that it has only
+the first FEW photos of each training category, not mirrored: enough for fine-tuning.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from PIL import Image
 from common import run
 
 HERE = Path(__file__).parent
+FEW = 8
 MIRRORED = 10**12  # added to the ids of mirrored photos and annotations
 
 
@@ -80,10 +82,26 @@ def lay_out(folders, out):
                 contents[split]["images"][image["id"]] = image
                 contents[split]["annotations"].append(annotation)
     for split, parts in contents.items():
-        parts["images"] = [*parts["images"].values()]
-        (out / f"annotations/mp100_split1_{split}.json").write_text(json.dumps(parts))
-        print(f"{split}: {len(parts['categories'])} categories, {len(parts['annotations'])} objects "
-              f"in {len(parts['images'])} photos")
+        write_split(out / f"annotations/mp100_split1_{split}.json", parts, parts["annotations"])
+        chosen = first_few(parts) if split == "train" else parts["annotations"]
+        write_split(out / f"annotations/mp100_split2_{split}.json", parts, chosen)
+
+
+def first_few(parts):
+    """FEW annotations of each category, none of them mirrored."""
+    of_category = {}
+    for annotation in parts["annotations"]:
+        if not parts["images"][annotation["image_id"]]["file_name"].startswith("mirrored/"):
+            of_category.setdefault(annotation["category_id"], []).append(annotation)
+    return [annotation for annotations in of_category.values() for annotation in annotations[:FEW]]
+
+
+def write_split(path, parts, annotations):
+    """Writes these annotations, the photos they need, and all categories of the split."""
+    needed = {annotation["image_id"] for annotation in annotations}
+    images = [image for number, image in parts["images"].items() if number in needed]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": parts["categories"]}))
+    print(f"{path.name}: {len(parts['categories'])} categories, {len(annotations)} objects in {len(images)} photos")
 
 
 def write_mirrored(images, image, mirrored):

@@ -27,8 +27,8 @@ from common import run
 from llama import Llama, LlamaConfig
 
 HERE = Path(__file__).parent
-D, PATCHES, BATCH, ROUNDS = 256, 8, 24, 4  # width of the Llama; patches a side; photos; questions about each
-LOOK = 400  # steps before the first question
+D, PATCHES, BATCH, ROUNDS = 192, 8, 16, 6  # width of the Llama; patches a side; photos; questions about each
+LOOK = 300  # steps before the first question
 QUESTION = "User: where is the {}?\nReference: {}\nAssistant:"
 # What the tokens of " [0.123,0.456]" and of the end count in the loss: the first digits most.
 ANSWER_WEIGHTS = [0.1, 1, 0.3, 0.1, 0.1, 1, 0.3, 0.1, 0.1, 0.1]
@@ -134,8 +134,8 @@ def make_batch(rng, photos, texts, chosen):
 
 
 def new_model(vocabulary, width):
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=D, intermediate_size=576, num_hidden_layers=3,
-                         num_attention_heads=8, num_key_value_heads=4, head_dim=32,
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=D, intermediate_size=384, num_hidden_layers=3,
+                         num_attention_heads=6, num_key_value_heads=3, head_dim=32,
                          rope={"rope_theta": 10000.0, "rope_type": "default"})
     model = nn.ModuleDict({"llm": Llama(config), "projection": nn.Linear(width, D)})
     nn.init.normal_(model["llm"].embed_tokens.weight, std=0.5)
