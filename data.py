@@ -1,12 +1,18 @@
-"""Instances as CapeLLM sees them: crops, groups of keypoints, epochs (paper, section 3.3).
+"""MP-100 as CapeLLM sees it: annotations, crops, groups of keypoints, epochs (paper, sections 3.3 and 4.1).
 
-The network sees the square crop of an instance, and coordinates in questions and answers are fractions of
-that crop. Elsewhere points are in pixels of the photo. A point is always (x, y), x to the right and y down; a
-size is (width, height). Letters: B conversations, T tokens of text, K keypoints. `python data.py` draws four
-crops of one instance.
+    data/mp100/annotations/mp100_split{1..5}_{train,val,test}.json  COCO: images, annotations, categories
+    data/mp100/images/<file_name>
+    descriptions.json                                               names and descriptions of all keypoints
+
+The files are trusted; tools/check.py looks whether they deserve it, and tools/own.py brings other data into
+this layout. An instance is one annotated animal, garment or thing. Its points are in pixels of the photo. A
+point is always (x, y), x to the right and y down. The network sees a square crop, and in questions and
+answers points are fractions of that crop. Letters: B conversations, T tokens of text, K keypoints, P photos.
+`python data.py` draws four crops of one instance.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +20,101 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from annotations import MAX_PIXELS, UNREADABLE, Instance, open_image
-from chat import IGNORE, Scene
-from common import InputError
+from chat import IGNORE, Category, Scene
+from common import InputError, read_json, reading
+
+# ----------------------------------------------------------------------------------------------- annotations
+
+
+@dataclass(frozen=True)
+class Instance:
+    annotation_id: int
+    category_id: int
+    photo: str  # file name below images/
+    box: tuple  # x, y, width, height, clipped to the photo
+    keypoints: np.ndarray  # (K, 2)
+    visible: np.ndarray  # (K,) bool, whether it is labelled; something may be in front of it
+
+
+def parse_descriptions(raw, path):
+    """The contents of a descriptions.json -> {category id: Category}. path: named in errors."""
+    with reading(path, 'see "descriptions.json" for the layout'):
+        return {int(number): Category(
+                    entry["name"],
+                    [(k["name"], k["description"]) for k in raw["keypoint_sets"][entry["keypoint_set"]]],
+                    [tuple(line) for line in raw.get("skeletons", {}).get(entry["keypoint_set"], [])])
+                for number, entry in raw["categories"].items()}
+
+
+def annotation_file(data, split, subset):
+    """Where MP-100's annotations of a split are. subset: "train", "val" or "test"."""
+    return Path(data, "annotations", f"mp100_split{split}_{subset}.json")
+
+
+def read_instances(path, categories):
+    """An annotation file -> its Instances, photo by photo. categories: what parse_descriptions() gave.
+
+    As in the published code, crowds, annotations without keypoints and those of which nothing is in the photo
+    are left out. InputError if an annotation does not fit the descriptions.
+    """
+    raw = read_json(path, dict)
+    with reading(path, "is it an annotation file of MP-100, or of tools/own.py?"):
+        annotations, instances = {}, []
+        for annotation in raw["annotations"]:
+            annotations.setdefault(annotation["image_id"], []).append(annotation)
+        for photo in raw["images"]:
+            for a in annotations.get(photo["id"], []):
+                points = np.array(a["keypoints"], dtype=np.float64).reshape(-1, 3)
+                box = clip_box(a["bbox"], photo["width"], photo["height"])
+                if a.get("iscrowd") or a.get("area", 1) <= 0 or min(box[2:]) <= 0 or not points.any():
+                    continue
+                if a["category_id"] not in categories:
+                    raise InputError(f"{path}: category {a['category_id']} has no descriptions; add it "
+                                     "to the file of --descriptions")
+                category = categories[a["category_id"]]
+                if len(points) != len(category.keypoints) or not np.isfinite(points).all():
+                    raise InputError(f"{path}: annotation {a['id']}: {len(points)} keypoints, all of them "
+                                     f"numbers? {category.name} has {len(category.keypoints)} descriptions")
+                instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
+                                          points[:, 2] > 0))
+    return instances
+
+
+def clip_box(box, width, height):
+    """The part of a box in a photo, counted in pixels as in the published code; w or h <= 0 if none is."""
+    x, y, w, h = box
+    x1, y1 = max(0, x), max(0, y)
+    x2 = min(width - 1, x1 + max(0, w - 1))
+    y2 = min(height - 1, y1 + max(0, h - 1))
+    return x1, y1, x2 - x1, y2 - y1
+
+
+def keep_readable(instances, images, categories, allow_missing=False):
+    """-> the instances whose photo is there. The others are refused or, with allow_missing, left out."""
+    photos = {instance.photo for instance in instances}
+    # what is left out may break off anywhere, and would stop a training later
+    readable = {photo: is_readable(Path(images, photo), to_its_end=allow_missing) for photo in photos}
+    kept = [instance for instance in instances if readable[instance.photo]]
+    missing = [instance for instance in instances if not readable[instance.photo]]
+    if missing and not (allow_missing and kept):
+        counts = Counter(categories[instance.category_id].name for instance in missing)
+        raise InputError(f"{images}: photos of {len(missing)} of {len(instances)} objects are missing or "
+                         f"unreadable ({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. "
+                         f"{missing[0].photo}; complete the folder or leave them out with --allow-missing")
+    return kept
+
+
+def is_readable(path, to_its_end):
+    """Whether a photo has a readable header or, to_its_end, can be decoded to its last pixel."""
+    try:
+        with Image.open(path) as photo:
+            if to_its_end:
+                photo.draft(None, (1, 1))  # a JPEG is read at an eighth of its size, which is fast
+                photo.load()
+        return True
+    except Exception:  # pillow's decoders raise nearly anything
+        return False
+
 
 # ----------------------------------------------------------------------------------------------------- crops
 
@@ -45,9 +143,6 @@ class Crop:
 
     def cut(self, path, size):
         """Reads a photo -> its crop, uint8 (3, size, size), black outside. InputError if it is unreadable."""
-        if not (1e-6 <= self.side <= 10 * MAX_PIXELS and max(abs(self.x), abs(self.y)) <= 10 * MAX_PIXELS):
-            raise InputError(f"{path}: no crop of {self.side:g} pixels a side can be cut at ({self.x:g}, "
-                             f"{self.y:g}); is the box right?")
         return self.cut_from(*open_reduced(path, self.side, size), size)
 
     def cut_from(self, photo, shrink, size):
@@ -68,21 +163,23 @@ def open_reduced(path, side, size):
     twice the size wanted is kept, so nothing visible is lost. EXIF rotation is ignored: MP-100's points were
     made on unrotated pixels.
     """
-    try:
-        with open_image(path) as photo:
-            width = photo.width
-            photo.draft(None, [math.ceil(2 * size / side * n) for n in photo.size])
-            photo.load()
-            shrink = round(width / photo.width)
-            photo = to_rgb(photo)
-    except UNREADABLE as e:
-        raise InputError(f"{path}: not a readable photo ({e}); replace or remove it") from None
-    return average_blocks(photo, shrink, side, size)
+    with reading(path, "replace or remove this photo"), Image.open(path) as photo:
+        width = photo.width
+        photo.draft(None, [math.ceil(2 * size / side * n) for n in photo.size])
+        photo.load()
+        return average_blocks(to_rgb(photo), round(width / photo.width), side, size)
 
 
 def to_rgb(photo):
+    """A photo of any kind -> RGB, what is transparent on white, as viewers show it."""
+    low, high = photo.getextrema() if photo.mode in "FI" else (0, 0)
+    if photo.mode == "F" or low < 0 or high >= 2**16:
+        raise ValueError("floats or 32 bits a pixel have no known brightness; save it with 8 or 16")
     if photo.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
         photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
+    if photo.has_transparency_data:
+        photo = photo.convert("RGBA")
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
     return photo if photo.mode == "RGB" else photo.convert("RGB")  # which would copy it
 
 
@@ -123,24 +220,14 @@ class Example:
     seed: tuple = ()  # of the random choices made within the conversations
 
 
-def count_groups(n, rounds):
-    """How many conversations it takes to ask for n keypoints, `rounds` in each; "dynamic" is as 4."""
-    return math.ceil(n / (4 if rounds == "dynamic" else rounds))
-
-
 def group_keypoints(n, rounds, rng):
     """Shuffles keypoints 0 ... n-1 and cuts them into groups of `rounds` (section 3.3).
 
     A short last group is filled with others drawn at random. Five keypoints in fours may give
 
         [[3, 0, 4, 1], [2, 0, 3, 4]]
-
-    "dynamic", of the paper's ICCV version, cuts at random places instead, so groups have any size.
     """
     order = rng.permutation(n).tolist()
-    if rounds == "dynamic":
-        cuts = sorted(rng.choice(range(1, n), count_groups(n, rounds) - 1, replace=False)) if n > 1 else []
-        return [order[a:b] for a, b in zip([0, *cuts], [*cuts, n])]
     *full, last = [order[i:i + rounds] for i in range(0, n, rounds)]
     others = order[:n - len(last)]
     n_missing = min(rounds - len(last), len(others))
@@ -148,13 +235,13 @@ def group_keypoints(n, rounds, rng):
     return [*full, last]
 
 
-def plan_epoch(instances, seed, epoch, rounds, pack=False):
+def plan_epoch(instances, seed, epoch, rounds, pack=False, group=group_keypoints):
     """All Examples of an epoch in the order of training.
 
     Each is one group of keypoints, or with `pack` all groups of an instance. It has a crop of its own: the
     box's longer side times N(1, 0.3), clipped to 0.7 ... 1.3. Half of the crops are turned, by up to 40
-    degrees either way. Keypoints that are hidden or outside the crop are not asked; an example with none left
-    is dropped.
+    degrees either way. Keypoints that are invisible or outside the crop are not asked; an example with none
+    left is dropped.
 
     Everything is drawn from the seed and the epoch: the order from (seed, epoch), instance i from
     (seed, epoch, i), its j-th example's conversations from (seed, epoch, i, j). i and j count from 1, since
@@ -163,26 +250,24 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False):
     examples = []
     for i, instance in enumerate(instances, 1):
         rng = np.random.default_rng((seed, epoch, i))
-        groups = group_keypoints(len(instance.keypoints), rounds, rng)
-        for j, together in enumerate([groups] if pack else [[group] for group in groups], 1):
+        groups = group(len(instance.keypoints), rounds, rng)
+        for j, together in enumerate([groups] if pack else [[one] for one in groups], 1):
             scale = min(max(rng.normal(1, 0.3), 0.7), 1.3)
             angle = math.radians(rng.uniform(-40, 40)) if rng.random() < 0.5 else 0.0
             crop = crop_of(instance, scale, angle)
             shown = instance.visible & inside(crop.from_photo(instance.keypoints))
-            asked = [[k for k in group if shown[k]] for group in together]
+            asked = [[k for k in of_group if shown[k]] for of_group in together]
             if any(asked):
-                asked = [group for group in asked if group]
+                asked = [of_group for of_group in asked if of_group]
                 examples.append(Example(instance, crop, asked, (seed, epoch, i, j)))
     order = np.random.default_rng((seed, epoch)).permutation(len(examples))
     return [examples[i] for i in order]
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """Examples -> {"image": uint8 (3, size, size), "tokens", "labels", "points", "conversation": lists}.
+    """Examples -> a crop, uint8 (3, size, size), and its conversations, each a list of tokens and of labels.
 
-    images: the folder of the photos. tokens, labels and points as in Chat.conversation(), after BOS and
-    "\\n". conversation is the number of the conversation that a token belongs to, from 1, or 0 for BOS and
-    "\\n", which all of them share.
+    images: the folder of the photos.
     """
 
     def __init__(self, examples, categories, chat, images, size):
@@ -197,37 +282,26 @@ class TrainingSet(torch.utils.data.Dataset):
         instance, crop, rng = example.instance, example.crop, np.random.default_rng(example.seed)
         category, points = self.categories[instance.category_id], crop.from_photo(instance.keypoints)
         shown = instance.visible & inside(points)
-        hidden = [name for (name, _), is_shown in zip(category.keypoints, shown) if not is_shown]
-        start = [self.chat.bos, *self.chat.newline]
-        item = {"image": crop.cut(Path(self.images, instance.photo), self.size), "tokens": start,
-                "labels": [IGNORE] * len(start), "conversation": [0] * len(start), "points": []}
-        for number, group in enumerate(example.groups, 1):
-            asked = [(category.keypoints[k], tuple(points[k])) for k in group]
-            tokens, labels, keypoints = self.chat.conversation(Scene(category, asked, hidden, rng))
-            item["tokens"] += tokens
-            item["labels"] += labels
-            item["conversation"] += [number] * len(tokens)
-            item["points"] += keypoints
-        return item
+        invisible = [name for (name, _), is_shown in zip(category.keypoints, shown) if not is_shown]
+        scenes = [Scene(category, [(category.keypoints[k], tuple(points[k])) for k in group], invisible, rng)
+                  for group in example.groups]
+        return (crop.cut(Path(self.images, instance.photo), self.size),
+                [self.chat.encode_conversation(scene) for scene in scenes])
 
 
 def collate(items):
-    """Items of a TrainingSet -> a micro-batch: images, tokens, labels, points, conversation.
+    """Items of a TrainingSet -> a micro-batch: images, tokens, labels, photo_of.
 
-    images uint8 (B, 3, size, size). tokens, labels and conversation (B, T) are padded on the right, where the
-    causal attention of real tokens never looks. points (n, 2) for n <KEYPOINT>s, None if answers are text;
-    conversation is None if no row holds several.
+    images uint8 (P, 3, size, size). tokens and labels (B, T) are padded on the right, where the causal
+    attention of real tokens never looks. photo_of (B,) says whose conversation it is; None if P = B.
     """
-    T = max(len(item["tokens"]) for item in items)
-
-    def pad(key, filler):
-        return torch.tensor([item[key] + [filler] * (T - len(item[key])) for item in items])
-
-    images = torch.stack([item["image"] for item in items])
-    points = [point for item in items for point in item["points"]]
-    is_packed = any(max(item["conversation"]) > 1 for item in items)
-    return (images, pad("tokens", 0), pad("labels", IGNORE), torch.tensor(points).float() if points else None,
-            pad("conversation", 0) if is_packed else None)
+    conversations = [conversation for _, of_photo in items for conversation in of_photo]
+    T = max(len(tokens) for tokens, _ in conversations)
+    tokens = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in conversations])
+    labels = torch.tensor([labels + [IGNORE] * (T - len(labels)) for _, labels in conversations])
+    photo_of = torch.tensor([p for p, (_, of_photo) in enumerate(items) for _ in of_photo])
+    images = torch.stack([image for image, _ in items])
+    return images, tokens, labels, None if len(images) == len(tokens) else photo_of
 
 
 if __name__ == "__main__":

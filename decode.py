@@ -4,22 +4,24 @@ The textbook way takes the likeliest next token, feeds it back, and so on: nine 
 one for the photo and one for each token. But most tokens of an answer are known in advance. Three passes
 suffice for all questions about a photo:
 
-    pass 1   BOS, 256 image tokens, "\\n"            the photo, once; its keys and values are kept
-    pass 2   User: where is ... Assistant: [0.       each question, and the start of its answer
+    pass 1   BOS, 256 image tokens, "\\n" User ...   the photo, once, and what all questions begin with
+    pass 2   ... is the nose? ... Assistant: [0.     each question, and the start of its answer
              predicts the next token:        123     x, one of a thousand
     pass 3   123,0.                                  what was chosen, and what follows it
              predicts: 456                           y, one of a thousand
 
 (A tokenizer that spells digits one by one needs a pass for each digit.) The known tokens are a guess at what
-the model would say. The logits of the same passes tell whether it would, and where it would not the question
-is asked again in the textbook way. So the answers are those of the textbook way, token by token.
+the model would say. The hidden states of the same passes tell whether it would, and where it would not the
+question is asked again in the textbook way. So the answers are those of the textbook way, token by token.
 
 Each choice is made from a distribution over numbers, which says more than its likeliest one: see
-read_coordinates(). Letters: P photos, R rows (one conversation each), T new tokens, S slots of the cache, D
-width, V vocabulary. `python decode.py` runs both ways side by side.
+read_coordinates(). Letters: P photos, R rows (one question each), n tokens, D width, V vocabulary.
+`python decode.py` runs both ways side by side.
 """
 
+import os
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +29,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from chat import Category, Chat
+from chat import Category
 from data import Crop, normalize
-from lora import load_trainable_state
-from model import CapeLLM
+from llama import Cache
+from model import load_network, load_weights, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,197 +46,135 @@ class Prediction:
     y_distribution: np.ndarray | None = None
 
 
-# --------------------------------------------------------------------------------------------- conversations
-
-
-class Conversations:
-    """Conversations under way, one a row: what was read, as keys and values that the next tokens look at.
-
-    What they begin with, a photo, is kept once, however many continue it. Rows read blocks of tokens of
-    different lengths, so some slots of the cache hold padding, and nothing ever looks at those:
-
-        beginnings  p p p p p p      beginning_of  0, 0: both rows continue p
-        cache       a a a a a  c c   real          1 1 1 1 1 1  1 1 1 1 1  1 1
-                    b b - - -  d -                 1 1 1 1 1 1  1 1 0 0 0  1 0
-    """
-
-    def __init__(self, llama, x):
-        """x (P, T, D): embeddings of P beginnings, a conversation each."""
-        self.llama, self.beginnings, self.cache = llama, {}, {}
-        llama(x, cache=self.beginnings, wanted=[])  # no hidden states, only keys and values
-        self.beginning_of = torch.arange(len(x), device=x.device)  # (R,)
-        self.real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (R, S), False for padding
-
-    def select(self, rows):
-        """Continues only these rows. A row that is named several times becomes several conversations."""
-        rows = torch.tensor(rows, dtype=torch.long, device=self.real.device)
-        for i, (k, v) in self.cache.items():  # layer by layer, so that little is held twice
-            self.cache[i] = k[rows], v[rows]  # (R, G, slots, d)
-        self.beginning_of, self.real = self.beginning_of[rows], self.real[rows]
-
-    def read(self, blocks, n=1):
-        """Reads a block of tokens in each row: R lists of any lengths.
-
-        -> hidden states of the last n tokens of every block (R, n, D); no row for an empty block.
-        """
-        T, device = max(map(len, blocks)), self.real.device
-        lengths = torch.tensor([len(block) for block in blocks], device=device)
-        new = torch.arange(T, device=device) < lengths[:, None]  # (R, T), False for padding
-        positions = self.real.sum(1, keepdim=True) + torch.arange(T, device=device)
-        # a query sees what is real in the cache, and its own block up to itself
-        cached = self.real[:, None].expand(-1, T, -1)  # (R, T, S)
-        within = new[:, None] & new.new_ones(T, T).tril()  # (R, T, T)
-        mask = torch.cat((cached, within), dim=2)[:, None]  # (R, 1, T, S + T)
-        # all blocks in one list, and the places of the last n tokens of each in it
-        x = self.llama.embed_tokens(torch.tensor(sum(blocks, []), device=device))  # (all tokens, D)
-        last = lengths.cumsum(0)[lengths > 0, None] + torch.arange(-n, 0, device=device)  # (R, n)
-        hidden = self.llama(x, positions, mask, self.cache, prefix=(self.beginnings, self.beginning_of),
-                            real=new.nonzero(as_tuple=True), wanted=last)
-        self.real = torch.cat((self.real, new), dim=1)
-        return hidden
-
-    def forget(self, rows, start):
-        """Makes these rows forget what they have read since the cache had `start` slots."""
-        self.real[rows, start:] = False
-
-
-def start_conversations(model, images, chat):
-    """The first pass: BOS, image tokens and "\\n", one conversation a photo."""
-    start = torch.tensor([[chat.bos, *chat.newline]], device=images.device)
-    text = model.llama.embed_tokens(start).expand(len(images), -1, -1)  # (P, 2, D)
-    return Conversations(model.llama, torch.cat((text[:, :1], model.see(images), text[:, 1:]), dim=1))
-
-
 # --------------------------------------------------------------------------------------------------- answers
 
 
-def answer_plainly(conversations, questions, answer_format):
-    """Greedy decoding as in a textbook: read the question, take the likeliest next token, read it, and so on.
-
-    questions: a token list for each row; where it is empty, so is the answer. -> R answers.
-    """
-    llama, answers, unread = conversations.llama, [[] for _ in questions], questions
-    while any(unread):
-        rows = [r for r, block in enumerate(unread) if block]
-        logits = llama.lm_head(conversations.read(unread)[:, -1])  # (rows, V)
-        for r, token in zip(rows, logits.argmax(-1).tolist()):
-            answers[r].append(token)
-        end, most = answer_format.ending[-1], answer_format.max_tokens
-        done = [not a or a[-1] == end or len(a) == most for a in answers]
-        unread = [[] if is_done else a[-1:] for is_done, a in zip(done, answers)]
-    return answers
+def read(llama, cache, blocks, n=1):
+    """Each row reads its block, a list of tokens -> hidden states of the last n of them (R, n, D)."""
+    lengths, device = torch.tensor([len(block) for block in blocks]), llama.norm.weight.device
+    T = lengths.max()
+    tokens = torch.tensor([block + [0] * (T - len(block)) for block in blocks]).to(device)
+    is_token = (torch.arange(T) < lengths[:, None]).to(device)
+    hidden = llama(llama.embed_tokens(tokens), cache, is_token)  # (R, T, D)
+    last = (lengths[:, None] + torch.arange(-n, 0)).to(device)
+    return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[2]))
 
 
-def answer_in_format(conversations, questions, answer_format, constrained=False):
+def answer_greedily(llama, cache, questions, answer_format):
+    """Each row reads its question, takes the likeliest next token, reads it, and so on -> R answers."""
+    answers, blocks = [[] for _ in questions], questions
+    end, most = answer_format.ending[-1], answer_format.max_tokens
+    while True:
+        tokens = llama.lm_head(read(llama, cache, blocks)[:, -1]).argmax(-1).tolist()
+        for answer, token in zip(answers, tokens):
+            if end not in answer:
+                answer.append(token)
+        if all(end in answer or len(answer) == most for answer in answers):
+            return answers
+        blocks = [[token] for token in tokens]  # rows that have ended read on, which nobody looks at
+
+
+def answer_in_format(llama, cache, questions, answer_format, constrained=False):
     """A pass for each choice, with the tokens known in advance fed along. Every row keeps the format.
 
     -> R answers; for each, whether greedy decoding agrees, that is, would have said just this; and the
     distributions over answer_format.digits that its choices were made from. constrained: what greedy decoding
-    would have said is left open, so nothing is computed but the logits of digits.
+    would have said is left open.
     """
-    llama, answers, unread = conversations.llama, [[] for _ in questions], questions
-    agrees, distributions = torch.ones(len(questions), dtype=torch.bool), [[] for _ in questions]
-    digits = torch.tensor(answer_format.digits, device=conversations.real.device)
+    answers, distributions = [[] for _ in questions], [[] for _ in questions]
+    digits, order = torch.tensor(answer_format.digits, device=llama.norm.weight.device).sort()
+    blocks, read_from = questions, []
     for known in answer_format.known:
         # The last positions of a block predict the known tokens and then the choice:
         #   block       ...  "Assistant"  ":"    " ["   "0"   "."
         #   predicts                      " ["   "0"    "."   the choice
-        blocks = [block + known for block in unread]
-        hidden = conversations.read(blocks, 1 if constrained else len(known) + 1)  # (R, n, D)
-        if constrained:
-            scores = F.linear(hidden[:, -1], llama.lm_head.weight[digits]).float()  # (R, digits)
-        else:
-            scores, likeliest = score_tokens(llama, hidden, digits)
-        choice = digits[scores.argmax(-1)].tolist()
-        said = [known + [digit] for digit in choice]
-        if not constrained:
-            agrees &= (likeliest.cpu() == torch.tensor(said)).all(1)
-        for r, p in enumerate(scores.softmax(-1).cpu().numpy()):
-            answers[r] += said[r]
-            distributions[r].append(p)
-        unread = [[digit] for digit in choice]
-    return answers, agrees.tolist(), distributions
+        hidden = read(llama, cache, [block + known for block in blocks], len(known) + 1)  # (R, n, D)
+        scores = F.linear(hidden[:, -1], llama.lm_head.weight[digits])  # (R, digits), by their ids, since
+        choices = digits[scores.argmax(-1)].tolist()  # of equal logits greedy decoding takes the lowest id
+        p = torch.empty_like(scores, dtype=torch.float32)
+        p[:, order] = scores.float().softmax(-1)  # from 0 upwards
+        for row, choice in enumerate(choices):
+            answers[row] += [*known, choice]
+        for of_row, p_row in zip(distributions, p.cpu().numpy()):
+            of_row.append(p_row)
+        blocks = [[choice] for choice in choices]
+        read_from.append(hidden)
+    if constrained:
+        return answers, [True] * len(answers), distributions
+    likeliest = llama.lm_head(torch.cat(read_from, dim=1)).argmax(-1)  # (R, tokens of an answer)
+    return answers, [said == answer for said, answer in zip(likeliest.tolist(), answers)], distributions
 
 
-def score_tokens(llama, hidden, digits):
-    """Hidden states (R, n, D) -> logits of `digits` at the last position, and the likeliest token at each."""
-    logits = llama.lm_head(hidden).float()  # (R, n, V), 0.5 MB a position: freed before the next pass
-    return logits[:, -1, digits], logits.argmax(-1)  # (R, digits), (R, n)
+def answer(llama, photos, photo_of, questions, answer_format, constrained=False):
+    """Greedy decoding: fast where the model keeps to the format, as in a textbook where it does not.
 
-
-def answer_questions(conversations, questions, answer_format, constrained=False):
-    """Greedy decoding: fast where the model keeps to the format, plain where it does not.
-
-    -> a pair for each row: its answer, and the distributions of its choices, None if it was answered plainly.
+    photos: a Cache of what was read of each. photo_of: the row of it that each question goes on from.
+    -> a pair for each question: its answer, and the distributions of its choices, None if it has none.
     constrained: keep to the format in any case.
     """
-    start, R = conversations.real.shape[1], len(questions)
-    answers, agrees, distributions = [None] * R, [False] * R, [None] * R
+    def ask(rows):
+        return photos.fork(torch.tensor([photo_of[r] for r in rows], device=photos.is_token.device))
+
+    found = [(None, None)] * len(questions)
+    others = range(len(questions))
     if answer_format.known:
         answers, agrees, distributions = answer_in_format(
-            conversations, questions, answer_format, constrained)
-    others = [r for r in range(R) if not agrees[r]]
+            llama, ask(others), questions, answer_format, constrained)
+        found = list(zip(answers, distributions))
+        others = [r for r in others if not agrees[r]]
     if others:
-        conversations.forget(others, start)
-        asked = [question if r in others else [] for r, question in enumerate(questions)]
-        plain = answer_plainly(conversations, asked, answer_format)
-        for r in others:
-            answers[r], distributions[r] = plain[r], None
-    return list(zip(answers, distributions))
+        answers = answer_greedily(llama, ask(others), [questions[r] for r in others], answer_format)
+        for r, said in zip(others, answers):
+            found[r] = said, None
+    return found
 
 
 @torch.no_grad()
-def locate(model, images, questions, chat, decode="greedy", constrained=False, cumulative=False):
+def locate(model, images, questions, chat, decode="greedy", constrained=False):
     """Asks each photo its questions. images (P, 3, h, w), normalised; questions: for each photo, token lists.
 
     -> for each photo a list of Predictions, one for each question. decode: see read_coordinates().
-    constrained: keep all answers to the format, so that none is malformed. cumulative: ask a photo's
-    questions one after another in one conversation, with the model's answers between them, not all at once.
+    constrained: keep all answers to the format, so that none is malformed.
     """
-    conversations = start_conversations(model, images, chat)
-    photo_of = list(range(len(images)))  # of each conversation
-    unread = [[] for _ in images]  # what was said in each but not yet read
-    if chat.opening:  # what is in the photo?
-        said = answer_questions(conversations, [chat.opening] * len(images), chat.words)
-        unread = [chat.words.still_to_read(words) for words, _ in said]
-    predictions = [[] for _ in images]
-    for turn in take_turns(questions, cumulative):
-        rows = [photo_of.index(p) for p, _ in turn]  # the conversation that each question continues
-        conversations.select(rows)
-        photo_of = [p for p, _ in turn]
-        blocks = [unread[r] + question for r, (_, question) in zip(rows, turn)]
-        found, unread = answer_turn(model, conversations, blocks, chat, decode, constrained)
-        for p, prediction in zip(photo_of, found):
-            predictions[p].append(prediction)
+    common = os.path.commonprefix([question[:-1] for of_photo in questions for question in of_photo])
+    photos = read_photos(model, images, [chat.bos, *common])
+    rest = [[question[len(common):] for question in of_photo] for of_photo in questions]
+    return ask_photos(model, photos, rest, chat, decode, constrained)
+
+
+def ask_photos(model, photos, questions, chat, decode="greedy", constrained=False):
+    """As locate(), of photos that were read, a Cache with one row for each. It stays as it is."""
+    asked = [(p, question) for p, of_photo in enumerate(questions) for question in of_photo]
+    found = {}
+    for group in group_by_length([len(question) for _, question in asked]):
+        photo_of, of_group = zip(*(asked[i] for i in group))
+        said = answer(model.llama, photos, photo_of, of_group, chat.coordinates, constrained)
+        found |= dict(zip(group, said))
+    predictions = [[] for _ in questions]
+    for i, (p, _) in enumerate(asked):
+        predictions[p].append(read_coordinates(*found[i], chat, decode))
     return predictions
 
 
-def take_turns(questions, cumulative):
-    """Which questions are asked together -> turns, each a list of (photo, question).
+def read_photos(model, images, start):
+    """The first pass: BOS, the image tokens, and the rest of `start`, one row a photo -> Cache."""
+    photos = Cache()
+    tokens = torch.tensor([start], device=images.device).expand(len(images), -1)
+    model.llama(model.join(images, tokens), photos)
+    return photos
 
-    For questions p1, p2 and p3 about photo p, and q1 and q2 about q:
 
-        all at once    p1 p2 p3 q1 q2             one turn, five conversations
-        cumulative     p1 q1 / p2 q2 / p3         three turns, a conversation for each photo
+def group_by_length(lengths, spread=16):
+    """Questions of like length are asked together, so that little is padded -> lists of indices.
+
+    Lengths 61, 45, 66, 47 make [[1, 3], [0, 2]].
     """
-    if not cumulative:
-        turns = [[(p, question) for p, asked in enumerate(questions) for question in asked]]
-    else:
-        turns = [[(p, asked[n]) for p, asked in enumerate(questions) if n < len(asked)]
-                 for n in range(max(map(len, questions), default=0))]
-    return filter(None, turns)
-
-
-def answer_turn(model, conversations, blocks, chat, decode, constrained):
-    """Reads a block, up to a question, in each row -> Predictions, and tokens that were said but not read."""
-    if chat.keypoint is not None:  # Table 8: the point is read off the hidden state of <KEYPOINT>
-        hidden = conversations.read([[*block, chat.keypoint] for block in blocks])[:, -1]  # (R, D)
-        points = model.keypoint_head(hidden.float()).tolist()
-        return ([Prediction(tuple(point), None, [chat.keypoint, chat.eos]) for point in points],
-                [[chat.eos] for _ in blocks])
-    said = answer_questions(conversations, blocks, chat.coordinates, constrained)
-    return ([read_coordinates(answer, distributions, chat, decode) for answer, distributions in said],
-            [chat.coordinates.still_to_read(answer) for answer, _ in said])
+    order, groups = sorted(range(len(lengths)), key=lambda i: lengths[i]), []
+    for i in order:
+        if not groups or lengths[i] - lengths[groups[-1][0]] >= spread:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 # ----------------------------------------------------------------------------------------------- coordinates
@@ -284,22 +224,25 @@ def mass_near(value, distribution, reach=0.1):
 
 if __name__ == "__main__":
     toy = Path(__file__).parent / "assets/toy"
-    chat, model = Chat(toy / "llm"), CapeLLM.load(toy / "vit", toy / "llm", image_size=112).eval()
-    load_trainable_state(model, torch.load(toy / "ckpt.pt", weights_only=True)["model"])
+    checkpoint = read_checkpoint(toy / "ckpt.pt")
+    model, chat = load_network(Namespace(**checkpoint["args"] | {"vit": toy / "vit", "llm": toy / "llm"}))
+    load_weights(model.eval(), checkpoint, toy / "ckpt.pt")
     image = normalize(Crop(132.5, 108, 125).cut(toy / "creature.jpg", 112)[None])
     asked = ["the knob on the antenna that is purple", "the sharp end of the green horn", "the orange heart"]
-    questions = chat.questions(Category("creature", [("first mark", text) for text in asked]))
-    passes = []
+    questions = chat.encode_questions(Category("creature", [("first mark", text) for text in asked]))
+    passes, form = [], chat.coordinates
     model.llama.norm.register_forward_hook(lambda *_: passes.append(1))
-    for way, decode in ("plain", answer_plainly), ("in format", answer_questions):
+
+    def generate():
+        return [model.generate(image, [chat.bos, *question], form.ending[-1], form.max_tokens)
+                for question in questions]
+
+    for way, run in ("textbook", generate), ("in format", lambda: locate(model, image, [questions], chat)):
         passes.clear()
         began = time.perf_counter()
-        with torch.no_grad():
-            conversations = start_conversations(model, image, chat)
-            conversations.select([0] * len(questions))
-            found = decode(conversations, questions, chat.coordinates)
+        found = run()
         seconds = time.perf_counter() - began
-        answers = found if decode is answer_plainly else [tokens for tokens, _ in found]
+        answers = found if way == "textbook" else [prediction.answer for prediction in found[0]]
         print(f"{way}: {len(passes)} passes, {seconds:.3f} s, "
               f"{'  '.join(chat.tokenizer.decode(tokens) for tokens in answers)}")
     for text, p in zip(asked, locate(model, image, [questions], chat, decode="median")[0]):

@@ -1,93 +1,209 @@
-"""Evaluates a checkpoint on MP-100 or own data, or scores predictions (paper, section 4.1; Tables 2 to 9).
+"""PCK, the metric of MP-100, and asking a checkpoint about a split (paper, section 4.1; Tables 2 to 9).
 
     python evaluate.py runs/split1/ckpt.pt                  all it needs is in the checkpoint; torchrun works
     python evaluate.py --score predictions.json --split 1   only the metric, without network and photographs
-    python evaluate.py CKPT --annotations val.json --images photos          your own data, see coco.py
 
-Beside the checkpoint it leaves report.json, predictions.json and predictions.png. An evaluation that was
-stopped resumes where it was. Who calls whom:
-
-    main -> evaluate_checkpoint -> ask_checkpoint          reads data and network, writes results
-         -> ask_together -> predict_batch                  shares out batches between processes
-         -> predict_within_memory -> predict -> locate     asks: the last is decode.py's
-
-Letters: P photos, K keypoints.
+PCK@t is the share of an object's visible keypoints that are predicted closer than t times the longer side of
+its box, averaged over objects. mPCK is the mean over five thresholds. Letters: N objects, K keypoints.
 """
 
-import argparse
-import hashlib
-import json
+import math
 import random
-from dataclasses import replace
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from annotations import (
-    annotation_file,
-    keep_readable,
-    parse_descriptions,
-    read_descriptions,
-    read_instances,
-    refuse_missing,
-)
-from arguments import images_folder
-from check import describe_shortfall
-from checkpoint import load_trained, read_checkpoint
-from coco import list_texts, read_coco, read_texts, replace_texts
 from common import (
-    Help,
     InputError,
+    Parser,
+    is_first,
     loader_options,
-    make_folder,
     natural,
     positive,
-    read_json_lines,
+    printable,
+    read_json,
+    reading,
     run,
     say,
     start_processes,
     write_json,
 )
-from data import crop_of, normalize
-from decode import DECODINGS, Prediction, locate
-from draw import draw_sheet
-from metric import THRESHOLDS, make_report, pck_of_queries, print_report, read_predictions
-from model import DTYPES
+from data import annotation_file, crop_of, keep_readable, normalize, parse_descriptions, read_instances
+from decode import DECODINGS, locate
+from model import DTYPES, load_network, load_weights, read_checkpoint
 
-# -------------------------------------------------------------------------------------------- asking a model
+# ---------------------------------------------------------------------------------------------------- metric
+
+THRESHOLDS = 0.05, 0.1, 0.15, 0.2, 0.25
+COLUMNS = [*(f"PCK@{t:g}" for t in THRESHOLDS), "mPCK"]
+
+
+def find_hits(instance, points):
+    """Which keypoints are predicted close enough: bool (5 thresholds, K).
+
+    points: for each keypoint (x, y) in pixels of the photo, or None, which is a miss.
+    """
+    points = np.array([point or (np.inf, np.inf) for point in points])
+    distance = np.linalg.norm(points - instance.keypoints, axis=1)
+    return distance < np.array(THRESHOLDS)[:, None] * max(instance.box[2:])
+
+
+def share(hits, counted):
+    """How many of the keypoints that count, a bool (K,), are hit; 0 if none counts -> (5,)."""
+    return hits[:, counted].sum(1) / max(1, counted.sum())
+
+
+def pck_of_queries(instances, predicted):
+    """Every object once -> (N, 5)."""
+    return np.array([share(find_hits(o, points), o.visible) for o, points in zip(instances, predicted)])
+
+
+def pck_of_pairs(instances, predicted, category_ids):
+    """Earlier work's 60,000 support-query pairs: in 20 categories each 200 times a support and 15 queries.
+
+    Only keypoints visible in both count; a pair that shares none scores 0. CapeLLM's answers do not depend on
+    the support. -> (pairs, 5), and the pairs, (support, query) indices of instances.
+    """
+    hits = [find_hits(o, points) for o, points in zip(instances, predicted)]
+    sampler, pairs = random.Random(1), []
+    for category_id in category_ids:
+        members = [i for i, o in enumerate(instances) if o.category_id == category_id]
+        for _ in range(200 if members else 0):
+            support, *queries = sampler.sample(members, min(16, len(members)))
+            pairs += [(support, query) for query in queries]
+    return np.array([share(hits[q], instances[s].visible & instances[q].visible) for s, q in pairs]), pairs
+
+
+def find_intervals(shares, objects):
+    """The 95 % interval of each column's mean, by drawing as many objects anew 2,000 times (bootstrap).
+
+    shares (rows, 6); objects (rows,): the one that each row is about -> (6, 2).
+    """
+    N, objects = len(set(objects)), np.unique(objects, return_inverse=True)[1]
+    sums = np.zeros((N, 7))  # of each object's rows, and their number
+    np.add.at(sums, objects, np.c_[shares, np.ones(len(shares))])
+    drawn = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=2000) @ sums  # (2000, 7)
+    return np.percentile(drawn[:, :6] / drawn[:, 6:], (2.5, 97.5), axis=0).T
+
+
+def make_report(instances, predicted, categories, annotations, protocol, **facts):
+    """predicted[i]: instance i's K points in pixels, None for no answer. -> what report.json holds."""
+    shares, queries = pck_of_queries(instances, predicted), np.arange(len(instances))
+    if protocol == "pairs":
+        order = [category["id"] for category in read_json(annotations)["categories"]]
+        shares, pairs = pck_of_pairs(instances, predicted, order)
+        if not pairs:
+            raise InputError(f"{annotations}: no pairs, since no category has two objects")
+        queries = np.array(pairs)[:, 1]
+    shares = np.c_[shares, shares.mean(1)]  # (rows, 6)
+    category_ids = np.array([instance.category_id for instance in instances])[queries]
+
+    def by_column(values):
+        return dict(zip(COLUMNS, values.tolist()))
+    per_category = {f"{c} {categories[c].name}": by_column(shares[category_ids == c].mean(0))
+                    for c in dict.fromkeys(category_ids.tolist())}
+    return {**by_column(shares.mean(0)), "interval": by_column(find_intervals(shares, queries)),
+            "objects": len(instances), "keypoints": sum(map(len, predicted)), "protocol": protocol, **facts,
+            "per category": per_category}
+
+
+def print_report(report):
+    """In percent: a line for each category, the mean and its interval, then how it was made."""
+    print(f"\n{'':28}" + "".join(f"{column:>12}" for column in COLUMNS))
+    for name, row in {**report["per category"], f"{report['objects']} objects": report}.items():
+        print(f"{printable(name):28.28}" + "".join(f"{100 * row[column]:12.2f}" for column in COLUMNS))
+    ranges = ((100 * low, 100 * high) for low, high in report["interval"].values())
+    print(f"{'95 % interval':28}" + "".join(f"{f'{low:.1f}-{high:.1f}':>12}" for low, high in ranges))
+    print("\n" + ", ".join(f"{name}: {value}" for name, value in report.items()
+                           if name not in (*COLUMNS, "interval", "per category")))
+    if report.get("malformed") == report["keypoints"]:
+        print("not one answer holds coordinates: is this checkpoint trained to the end, with these weights?")
+
+
+def read_predictions(path, instances, allow_missing):
+    """A predictions.json -> the instances that it has, their points, and facts about the others."""
+    points, annotated = {}, {o.annotation_id: len(o.keypoints) for o in instances}
+    with reading(path, 'it should be [{"annotation_id": 7, "keypoints": [[x, y], ...]}, ...]'):
+        for entry in read_json(path):
+            number, of_object = entry["annotation_id"], entry["keypoints"]
+            if number in points:
+                raise InputError(f"{path}: annotation {number} is predicted twice")
+            points[number] = [p if p is None else tuple(map(float, p)) for p in of_object]
+            if not all(p is None or len(p) == 2 and math.isfinite(sum(p)) for p in points[number]):
+                raise InputError(f"{path}: annotation {number} has a point that is not two numbers")
+            K = annotated.get(number, len(of_object))
+            if len(of_object) != K:
+                raise InputError(
+                    f"{path}: annotation {number} has {len(of_object)} keypoints predicted, {K} annotated")
+    known = [o for o in instances if o.annotation_id in points]
+    absent, others = annotated.keys() - points, points.keys() - annotated
+    if absent and not (known and allow_missing):
+        raise InputError(f"{path}: no prediction for {len(absent)} of {len(annotated)} objects, e.g. "
+                         f"annotation {min(absent)}; is it of this split? (--allow-missing leaves them out)")
+    facts = {"without prediction": len(absent), "predicted but not in the split": len(others)}
+    return known, [points[o.annotation_id] for o in known], {name: n for name, n in facts.items() if n}
+
+
+# ---------------------------------------------------------------------------------------- asking a checkpoint
+
+
+def read_trained(path):
+    """read_checkpoint() -> a checkpoint that can be asked for points. InputError says where there is one."""
+    others = sorted(map(str, Path("runs").glob("*/ckpt.pt")))
+    if others and not Path(path).exists():
+        raise InputError(f"{path}: no such file; there is {', '.join(others)}")
+    checkpoint = read_checkpoint(path)
+    with reading(path, "is it a checkpoint of train.py?"):
+        if checkpoint["args"]["pretrain"]:
+            raise InputError(f"{path}: one of --pretrain, which locates nothing; train from it with --init")
+    return checkpoint
+
+
+def load_trained(path, device, llm=None, vit=None, dtype=None, checkpoint=None):
+    """-> the network, ready to be asked, its Chat, and the checkpoint, which may have been read before.
+
+    llm, vit: where the published weights are, if they were moved since. dtype: see load_network().
+    """
+    checkpoint = checkpoint or read_trained(path)
+    args = Namespace(**checkpoint["args"])
+    args.llm, args.vit = find(llm or args.llm), find(vit or args.vit)
+    model, chat = load_network(args, device, dtype)
+    load_weights(model, checkpoint, path)
+    return model.eval(), chat, checkpoint
+
+
+def find(path):
+    """A path below the current folder or, for programs that are started elsewhere, beside this file."""
+    beside = Path(__file__).parent / path
+    return beside if beside.exists() and not Path(path).exists() else path
+
+
+def choose_locate(args, cumulative=False):
+    """What asks a model that was trained with these arguments: decode.locate(), or one of paper/ like it."""
+    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
+        from paper.iccv import locate_in_turns
+        return partial(locate_in_turns, cumulative=cumulative)
+    if args.answer == "token":  # Table 8
+        from paper.keypoint_token import locate as locate_token
+        return locate_token
+    return locate
 
 
 def check_decoding(chat, decode, constrained=False):
-    """InputError if a model's answers cannot be read in the way that was asked for."""
-    chooses_digits = chat.keypoint is None and chat.coordinates.digits
-    if not chooses_digits and (constrained or decode != "greedy"):
-        option = "--constrained" if constrained else f"--decode {decode}"
-        raise InputError(f"{option}: this model does not spell points in digits, one or three at a time; "
-                         "leave it out")
-
-
-def predict(model, chat, crops, pixels, categories, cumulative=False, **how):
-    """Asks for all keypoints of P photos -> for each photo a list of Predictions, points in its pixels.
-
-    crops, pixels and categories have one entry for each photo. pixels uint8 (P, 3, size, size): what the
-    crops show. how: see decode.locate().
-    """
-    device = model.projection.weight.device
-    questions = [chat.questions(category, cumulative) for category in categories]
-    predictions = locate(model, normalize(pixels.to(device)), questions, chat, cumulative=cumulative, **how)
-    return [[replace(p, point=p.point and tuple(crop.to_photo(p.point).tolist())) for p in of_photo]
-            for crop, of_photo in zip(crops, predictions)]
+    """InputError if answers cannot be read in the way that was asked for."""
+    if (constrained or decode != "greedy") and not chat.coordinates.known:
+        raise InputError(f"--{'constrained' if constrained else f'decode {decode}'}: this model does not "
+                         "spell points in digits, one or three at a time; leave it out")
 
 
 class Photos(torch.utils.data.Dataset):
-    """Instances -> (index, pixels of the crop), which are None if the photo cannot be read.
-
-    images: the folder of the photos. size: of a crop, in pixels.
-    """
+    """Instances -> an index and a crop, uint8 (3, size, size). images: the folder of the photos."""
 
     def __init__(self, instances, images, size):
         self.instances, self.images, self.size = instances, images, size
@@ -96,343 +212,183 @@ class Photos(torch.utils.data.Dataset):
         return len(self.instances)
 
     def __getitem__(self, i):
-        try:
-            photo = Path(self.images, self.instances[i].photo)
-            return i, crop_of(self.instances[i]).cut(photo, self.size)
-        except InputError:
-            return i, None
+        return i, crop_of(self.instances[i]).cut(Path(self.images, self.instances[i].photo), self.size)
 
 
-def make_batches(instances, n_questions):
-    """-> batches, lists of indices, of at most n_questions keypoints. An instance with more is alone.
+def make_batches(instances, most):
+    """-> batches, lists of indices, of at most so many keypoints. An instance with more is alone.
 
     The heaviest come first, so that a batch too large for the memory shows at once. Batches depend on nothing
     but the instances, so every number of processes computes the same.
     """
-    batches, free = [], 0
-    for i in sorted(range(len(instances)), key=lambda i: -len(instances[i].keypoints)):
-        K = len(instances[i].keypoints)
-        if K > free:
+    counts, batches, free = [len(instance.keypoints) for instance in instances], [], 0
+    for i in sorted(range(len(counts)), key=lambda i: -counts[i]):
+        if counts[i] > free:
             batches.append([])
-            free = n_questions
+            free = most
         batches[-1].append(i)
-        free -= K
+        free -= counts[i]
     return batches
 
 
-def predict_within_memory(model, chat, crops, pixels, categories, **how):
-    """predict(), and where a GPU's memory does not suffice, for half of the photos and then the others."""
-    try:
-        return predict(model, chat, crops, pixels, categories, **how)
-    except torch.OutOfMemoryError:
-        if len(crops) == 1:
-            raise
-    torch.cuda.empty_cache()
-    n = len(crops) // 2
-    tqdm.write(f"out of memory with {len(crops)} photos at a time: goes on with {n} (--batch says how many)")
-    halves = (crops[:n], pixels[:n], categories[:n]), (crops[n:], pixels[n:], categories[n:])
-    return [found for half in halves for found in predict_within_memory(model, chat, *half, **how)]
+def ask(model, chat, photos, categories, process, locate, batch, workers, encode=None):
+    """Asks for all keypoints of Photos, shared out between the processes, at most `batch` at a time.
 
-
-def predict_batch(model, chat, batch, instances, categories, **how):
-    """Asks about a batch of what Photos gives -> {index: Predictions}, None for an unreadable photo."""
-    results = {i: None for i, _ in batch}
-    readable = [(i, crop) for i, crop in batch if crop is not None]
-    if readable:
-        indices, pixels = zip(*readable)
-        found = predict_within_memory(
-            model, chat, [crop_of(instances[i]) for i in indices], torch.stack(pixels),
-            [categories[instances[i].category_id] for i in indices], **how)
-        for i, predictions in zip(indices, found):  # without the distributions, 16 kB a keypoint
-            results[i] = [replace(p, x_distribution=None, y_distribution=None) for p in predictions]
-    return results
-
-
-def ask_together(model, chat, photos, categories, batches, process, workers, kept=None, **how):
-    """Shares out batches between all processes -> {index: Predictions or None}, the same in each process.
-
-    photos: a Photos. kept: the PartialResults of this process, which are not asked for again.
+    locate: see choose_locate(). encode: what makes questions of (chat, category) if chat does not.
+    -> for each photo its points in pixels, None for no answer; likewise confidences. Every process has all.
     """
-    results = dict(kept.results) if kept else {}
-    own = [[i for i in batch if i not in results] for batch in batches[process.rank::process.world]]
-    loader = DataLoader(photos, batch_sampler=[batch for batch in own if batch], collate_fn=list,
-                        **loader_options(workers))
-    for batch in tqdm(loader, disable=process.rank > 0, dynamic_ncols=True, leave=kept is not None):
-        found = predict_batch(model, chat, batch, photos.instances, categories, **how)
-        results |= found
-        if kept:
-            kept.write(found)
+    instances, found, encode = photos.instances, {}, encode or type(chat).encode_questions
+    questions = {c: encode(chat, categories[c]) for c in {o.category_id for o in instances}}
+    batches = make_batches(instances, batch)[process.rank::process.world]
+    loader = DataLoader(photos, batch_sampler=batches, collate_fn=list, **loader_options(workers),
+                        generator=torch.Generator())  # of its own: that of a training is left alone
+    for items in tqdm(loader, disable=process.rank > 0, dynamic_ncols=True):
+        indices, crops = zip(*items)
+        images = normalize(torch.stack(crops).to(process.device))  # (P, 3, size, size)
+        predictions = locate(model, images, [questions[instances[i].category_id] for i in indices], chat)
+        for i, of_photo in zip(indices, predictions):
+            to_photo = crop_of(instances[i]).to_photo
+            found[i] = ([p.point and tuple(to_photo(p.point).tolist()) for p in of_photo],
+                        [p.confidence for p in of_photo])
     if process.world > 1:
-        gathered = [None] * process.world
-        dist.all_gather_object(gathered, results)
-        results = {i: found for part in gathered for i, found in part.items()}
-    return results
-
-
-class PartialResults:
-    """The predictions of an evaluation that is not finished, in partial-KEY-RANK.jsonl with its results.
-
-    A line is {"instance": its index, "found": [[point, confidence, answer], ...]}. key: see fingerprint();
-    the file's name has the beginning of it. All processes read what any has written, for there may be more
-    or fewer than before.
-    """
-
-    def __init__(self, folder, key, rank):
-        self.path, self.results = folder / f"partial-{key[:16]}-{rank}.jsonl", {}
-        self.all = f"partial-{key[:16]}-*.jsonl"  # of all processes
-        for path in sorted(folder.glob(self.all)):
-            for line in read_json_lines(path):
-                self.take(line)
-
-    def take(self, line):
-        try:
-            self.results[line["instance"]] = [Prediction(point and tuple(point), confidence, answer)
-                                              for point, confidence, answer in line["found"]]
-        except (ValueError, TypeError, KeyError):  # a line of something else
-            pass
-
-    def write(self, found):
-        """Adds what predict_batch() gave, but for unreadable photos."""
-        lines = [{"instance": i, "found": [[p.point, p.confidence, p.answer] for p in of_photo]}
-                 for i, of_photo in found.items() if of_photo]
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(f"\n{json.dumps(line)}" for line in lines))  # the last may be cut off
-        except OSError as e:
-            raise InputError(f"{self.path}: cannot be written ({e})") from None
-
-    def remove(self):
-        """Removes the files of this evaluation, not those of others that were stopped in the same folder."""
-        for path in self.path.parent.glob(self.all):
-            path.unlink()
-
-
-def fingerprint(args, checkpoint, instances, categories, images):
-    """A text that stands for all that an evaluation's answers depend on; of photos, size and date.
-
-    The weights are those that were read: a training under way may have written others since.
-    """
-    weights = hashlib.sha256(repr(checkpoint["args"]).encode())
-    for name, weight in checkpoint["model"].items():
-        weights.update(name.encode() + weight.flatten().view(torch.uint8).numpy().tobytes())
-    photos = {photo: Path(images, photo).stat() for photo in {o.photo for o in instances}}
-    asked = [(o.annotation_id, o.box, categories[o.category_id].keypoints, o.photo, photos[o.photo].st_size,
-              photos[o.photo].st_mtime_ns) for o in instances]
-    how = (args.llm, args.vit, args.dtype, args.constrained, args.cumulative, args.decode)
-    return hashlib.sha256(repr((weights.hexdigest(), asked, how)).encode()).hexdigest()
-
-
-def ask_checkpoint(args, checkpoint, instances, categories, images):
-    """Asks a checkpoint's network about all instances, but for those of an evaluation that was stopped.
-
-    -> {index: Predictions or None}, or None on every process but the first; and the PartialResults.
-    """
-    process = start_processes()
-    model, chat = load_trained(checkpoint, process.device, args.llm, args.vit, args.dtype)
-    check_decoding(chat, args.decode, args.constrained)
-    kept = PartialResults(find_folder(args), fingerprint(args, checkpoint, instances, categories, images),
-                          process.rank)
-    if kept.results:
-        say(f"resumes with {len(kept.results)} of {len(instances)} objects done")
-    photos = Photos(instances, images, checkpoint["args"]["image_size"])
-    results = ask_together(
-        model, chat, photos, categories, make_batches(instances, args.batch), process, args.workers, kept,
-        constrained=args.constrained, decode=args.decode, cumulative=args.cumulative)
-    return (results if process.rank == 0 else None), kept
+        parts = [None] * process.world
+        dist.all_gather_object(parts, found)
+        found = {i: of_photo for part in parts for i, of_photo in part.items()}
+    return zip(*(found[i] for i in range(len(instances))))
 
 
 class Validation:
     """What train.py --validate measures: PCK@0.2 of the same 100 objects of the validation set."""
 
     def __init__(self, args, chat, categories, process):
-        self.chat, self.categories, self.process, self.workers = chat, categories, process, args.workers
-        images = images_folder(args)
-        if args.annotations:
-            instances, descriptions = read_coco(args.val, images, list_texts(categories), lambda _: None)
-            self.categories = parse_descriptions(descriptions, args.val)
-        else:
-            instances = read_instances(annotation_file(args.data, args.split, "val"), categories)
+        instances, images = read_subset(args.data, args.split, "val", categories)
         instances = random.Random(0).sample(instances, min(100, len(instances)))
-        instances = keep_readable(instances, images, self.categories, args.allow_missing)
-        self.photos = Photos(instances, images, args.image_size)
+        self.instances = keep_readable(instances, images, categories, args.allow_missing)
+        self.ask = partial(ask, chat=chat, photos=Photos(self.instances, images, args.image_size), batch=16,
+                           categories=categories, process=process, workers=args.workers,
+                           locate=choose_locate(args))
 
     def measure(self, model):
-        """-> PCK@0.2 and the number of objects, in every process. Training's random numbers are untouched."""
-        model.eval()
-        batches = make_batches(self.photos.instances, n_questions=16)
-        results = ask_together(model, self.chat, self.photos, self.categories, batches, self.process,
-                               self.workers)
+        """-> PCK@0.2 and the number of objects, in every process."""
+        points, _ = self.ask(model.eval())
         model.train()
-        instances, predictions = keep_answered(self.photos.instances, results, self.photos.images)
-        shares = pck_of_queries(instances, points_of(predictions))
-        return shares.mean(0)[THRESHOLDS.index(0.2)].item(), len(instances)
-
-
-def keep_answered(instances, results, images):
-    """-> the instances whose photo could be read, and their Predictions. results: as ask_together() gives."""
-    answered = [i for i in range(len(instances)) if results[i]]
-    if not answered:
-        raise InputError(f"{images}: no readable photos to evaluate on")
-    return [instances[i] for i in answered], [results[i] for i in answered]
-
-
-def points_of(predictions):
-    return [[prediction.point for prediction in of_photo] for of_photo in predictions]
+        shares = pck_of_queries(self.instances, points)[:, THRESHOLDS.index(0.2)]
+        return shares.mean().item(), len(shares)
 
 
 # --------------------------------------------------------------------------------------------------- program
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s CKPT [options, see --help]\n       %(prog)s --score JSON [options]",
-        description="Evaluates a checkpoint, or scores predictions.",
-        formatter_class=Help, allow_abbrev=False)
-    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="what train.py wrote")
-    parser.add_argument("--score", metavar="JSON", help="score these predictions instead")
-    add_data(parser.add_argument_group("data").add_argument)
-    add = parser.add_argument_group("asking the checkpoint").add_argument
-    add("--decode", choices=DECODINGS, default="greedy",
-        help="what to take of each coordinate's distribution")
+    parser = Parser(description="Evaluates a checkpoint, or scores predictions.")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="what train.py wrote")
+    add("--score", metavar="JSON", help="score these predictions instead")
+    add("--data", metavar="DIR", help="MP-100, or what tools/own.py made; None: the training's")
+    add("--split", type=positive, metavar="N", help="of MP-100, 1 to 5; None: the training's")
+    add("--subset", choices=["train", "val", "test"], default="test", help="of the split")
+    add("--descriptions", metavar="JSON", help="texts that replace those of the same category")
+    add("--allow-missing", action="store_true", help="leave out objects whose photo or prediction is missing")
+    add("--decode", choices=DECODINGS, default="greedy", help="what to take of a coordinate's distribution")
     add("--constrained", action="store_true", help="hold answers to the format, so that none is malformed")
     add("--cumulative", action="store_true", help="ask a photo's keypoints one after another in one "
-        "conversation, in the order of the descriptions, the model's own answers among the questions")
-    add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
+        "conversation, the model's own answers among the questions")
+    add("--llm", metavar="DIR", help="where its weights are, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")
-    add("--dtype", choices=DTYPES,
-        help="of frozen weights and of computing (default: bf16 on CUDA, fp32 elsewhere)")
-    add("--batch", type=positive, default=64, help="questions asked at a time: memory against speed")
-    add("--workers", type=partial(natural, most=1000), default=2, help="processes that read photos, per GPU")
-    add = parser.add_argument_group("results").add_argument
-    add("--protocol", choices=["query", "pairs"], default="query",
-        help="Table 2: each object once, or support-query pairs")
-    add("--out", metavar="DIR",
-        help="their folder (default: that of the checkpoint; best/, val/ or train/ in it for those)")
-    add("--report", metavar="JSON", help="where the report goes (default: report.json in --out)")
+    add("--dtype", choices=DTYPES, help="of frozen weights and computing; None: bf16 on CUDA, else fp32")
+    add("--batch", type=positive, default=128, metavar="N", help="questions at a time: memory against speed")
+    add("--workers", type=natural, default=2, metavar="N", help="processes that read photos, for each GPU")
+    add("--protocol", choices=["query", "pairs"], default="query", help="each object, or support-query pairs")
+    add("--out", metavar="DIR", help="folder of the results; None: the checkpoint's")
+    add("--report", metavar="JSON", help="where the report goes; None: report.json in --out")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.score):
         parser.error("give either a checkpoint or --score predictions.json")
     if args.score and (args.constrained or args.cumulative or args.decode != "greedy"):
-        parser.error("--constrained, --cumulative and --decode say how a checkpoint is asked; "
-                     "--score asks nothing")
+        parser.error("--constrained, --cumulative and --decode are for a checkpoint; --score asks nothing")
     return args
 
 
-def add_data(add):
-    add("--data", metavar="DIR", help="MP-100 (default: that of the checkpoint, or data/mp100)")
-    add("--split", type=positive, help="of MP-100 (default: that of the checkpoint, or 1)")
-    add("--subset", choices=["train", "val", "test"], default="test", help="of the split")
-    add("--annotations", metavar="JSON", help="your own data instead, a COCO keypoints file (default: what "
-        "the training was given as --val)")
-    add("--images", metavar="DIR", help="its photos (default: those of the training)")
-    add("--descriptions", metavar="JSON", help="texts that replace those of the same category")
-    add("--allow-missing", action="store_true",
-        help="go on without objects whose photo or prediction is missing")
+def read_subset(data, split, subset, categories):
+    """-> the Instances of an annotation file, at least one, and the folder of their photos."""
+    path = annotation_file(data, split, subset)
+    instances = read_instances(path, categories)
+    if not instances:
+        raise InputError(f"{path}: no object to evaluate")
+    return instances, Path(data, "images")
 
 
-def read_data(args, checkpoint, trained):
-    """-> instances, {id: Category}, the annotation file, the folder of the photos, facts for the report.
-
-    trained: the arguments of the checkpoint's training, {} without checkpoint.
-    """
-    if args.annotations or trained.get("annotations") and not (args.data or args.split):
-        return read_own_data(args, checkpoint, trained)
-    if args.images:
-        raise InputError("--images goes with --annotations; MP-100's photos are in images/ of --data")
-    root, split = args.data or trained.get("data", "data/mp100"), args.split or trained.get("split", 1)
-    annotations = annotation_file(root, split, args.subset)
-    if checkpoint:
-        categories = parse_descriptions(checkpoint["descriptions"], args.checkpoint)
-        categories |= read_descriptions(args.descriptions) if args.descriptions else {}
-    else:
-        categories = read_descriptions(args.descriptions or "descriptions.json")
-    instances = read_instances(annotations, categories)
-    return instances, categories, annotations, Path(root, "images"), {"split": split, "subset": args.subset}
+def read_categories(args, checkpoint):
+    """-> {id: Category}: those of the checkpoint, replaced by those of --descriptions or in --data."""
+    known = parse_descriptions(checkpoint["descriptions"], args.checkpoint) if checkpoint else {}
+    path = args.descriptions or Path(args.data or "", "descriptions.json")
+    if not args.descriptions and not (args.data and path.exists()):
+        path = None if known else find("descriptions.json")
+    return known | (parse_descriptions(read_json(path), path) if path else {})
 
 
-def read_own_data(args, checkpoint, trained):
-    """The same for a COCO keypoints file, whose categories are looked up by name, not by id."""
-    if args.data or args.split or args.subset != "test":
-        raise InputError("--data, --split and --subset are MP-100's; leave them out with --annotations")
-    annotations, images = args.annotations or trained["val"], args.images or trained.get("images")
-    if not annotations:
-        raise InputError(f"{args.checkpoint}: was trained on {trained['annotations']} without --val; "
-                         "say with --annotations what to evaluate")
-    if checkpoint and not images:
-        raise InputError(f"{annotations}: where are its photos? Say it with --images")
-    texts = read_texts(args.descriptions) if args.descriptions else None
-    if checkpoint:
-        known = list_texts(parse_descriptions(checkpoint["descriptions"], args.checkpoint))
-        texts = replace_texts(known, texts or [])
-    instances, descriptions = read_coco(annotations, images, texts)
-    categories = parse_descriptions(descriptions, annotations)
-    return instances, categories, annotations, images, {"evaluated on": str(annotations)}
+def find_folder(args):
+    """Where results go: beside the checkpoint, but never among this repository's own files."""
+    path, root = Path(args.checkpoint), Path(__file__).resolve().parent
+    folder, whole = path.parent, path.resolve().parent
+    if whole.is_relative_to(root) and not whole.is_relative_to(root / "runs"):
+        folder = Path("runs", whole.name)
+    folder = folder / "best" if path.name == "best.pt" else folder
+    return Path(args.out or (folder if args.subset == "test" else folder / args.subset))
 
 
 def main(argv):
     args = parse_arguments(argv)
-    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
-    trained = checkpoint["args"] if checkpoint else {}
-    instances, categories, annotations, images, facts = read_data(args, checkpoint, trained)
-    if not instances:
-        raise InputError(f"{annotations}: no object to evaluate")
-    if "split" in facts and (shortfall := describe_shortfall(annotations)):
+    checkpoint = read_trained(args.checkpoint) if args.checkpoint else None
+    trained = checkpoint["args"] if checkpoint else {"data": "data/mp100", "split": 1}
+    data, split = args.data or trained["data"], args.split or trained["split"]
+    annotations, categories = annotation_file(data, split, args.subset), read_categories(args, checkpoint)
+    instances, images = read_subset(data, split, args.subset, categories)
+    from tools.check import describe_shortfall
+    if shortfall := describe_shortfall(annotations):
         say(shortfall)
-    facts |= {"cumulative": True} if args.cumulative else {}
+    facts = {"split": split, "subset": args.subset} | ({"cumulative": True} if args.cumulative else {})
     if args.score:
-        score(args, instances, categories, annotations, facts)
-    else:
-        evaluate_checkpoint(args, checkpoint, instances, categories, images, annotations, facts)
-
-
-def score(args, instances, categories, annotations, facts):
-    """Reports on the predictions of a file, without a network."""
-    predicted = read_predictions(args.score, instances, args.allow_missing)
-    known = [i for i, points in enumerate(predicted) if points is not None]
-    if not known:
-        raise InputError(f"{args.score}: no prediction for any object of {annotations}")
-    if len(known) < len(instances):
-        facts["without prediction"] = len(instances) - len(known)
-    instances, predicted = [instances[i] for i in known], [predicted[i] for i in known]
-    report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
-    print_report(report)
-    if args.report:
-        write_json(args.report, report)
-
-
-def find_folder(args):
-    """Where the results of a checkpoint go: beside it, but those of best.pt into best/."""
-    path = Path(args.checkpoint)
-    folder = path.parent / "best" if path.name == "best.pt" else path.parent
-    return Path(args.out or (folder if args.subset == "test" else folder / args.subset))
-
-
-def evaluate_checkpoint(args, checkpoint, instances, categories, images, annotations, facts):
-    """Asks a checkpoint's model about all instances, and writes the report, the predictions and a picture."""
-    n_annotated = len(instances)
-    instances = keep_readable(instances, images, categories, args.allow_missing)
-    out = find_folder(args)
-    make_folder(out)
-    results, kept = ask_checkpoint(args, checkpoint, instances, categories, images)
-    if results is None:
+        instances, points, others = read_predictions(args.score, instances, args.allow_missing)
+        report = make_report(instances, points, categories, annotations, args.protocol, **facts, **others)
+        print_report(report)
+        if args.report:
+            write_json(args.report, report)
         return
-    broken = [instance for i, instance in enumerate(instances) if results[i] is None]
-    refuse_missing(broken, images, categories, args.allow_missing)
-    instances, predictions = keep_answered(instances, results, images)
-    predicted = points_of(predictions)
-    facts["malformed"] = sum(point is None for points in predicted for point in points)
-    facts["without photo"] = n_annotated - len(instances)
-    report = make_report(instances, predicted, categories, annotations, args.protocol, **facts)
+
+    facts["without photo"], out = len(instances), find_folder(args)
+    instances = keep_readable(instances, images, categories, args.allow_missing)
+    facts["without photo"] -= len(instances)
+    points, confidences = ask_checkpoint(args, checkpoint, instances, categories, images, out)
+    if not is_first():
+        return
+    facts["malformed"] = sum(point is None for of_photo in points for point in of_photo)
+    report = make_report(instances, points, categories, annotations, args.protocol, **facts)
     print_report(report)
     write_json(args.report or out / "report.json", report)
-    confidence = [[prediction.confidence for prediction in of_photo] for of_photo in predictions]
     write_json(out / "predictions.json", [
-        {"annotation_id": instance.annotation_id, "keypoints": points,
-         "confidence": [c and round(c, 2) for c in of_photo]}
-        for instance, points, of_photo in zip(instances, predicted, confidence)])
-    draw_sheet(out / "predictions.png", instances, predicted, categories, images, confidence)
-    kept.remove()
+        {"annotation_id": o.annotation_id, "keypoints": p, "confidence": [v and round(v, 2) for v in c]}
+        for o, p, c in zip(instances, points, confidences)])
+    from tools.draw import draw_sheet
+    draw_sheet(out / "predictions.png", instances, points, categories, images, confidences)
     print(f"wrote {out}/report.json, predictions.json, predictions.png")
+
+
+def ask_checkpoint(args, checkpoint, instances, categories, images, out):
+    """ask() of a checkpoint's network, once it is known that the results can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{out}: cannot be made ({e})") from e
+    process = start_processes()
+    model, chat, _ = load_trained(args.checkpoint, process.device, args.llm, args.vit, args.dtype, checkpoint)
+    check_decoding(chat, args.decode, args.constrained)
+    trained, encode = Namespace(**checkpoint["args"]), None
+    if args.cumulative:
+        from paper.iccv import encode_in_turns as encode
+    photos, locate = Photos(instances, images, trained.image_size), choose_locate(trained, args.cumulative)
+    locate = partial(locate, decode=args.decode, constrained=args.constrained)
+    return ask(model, chat, photos, categories, process, locate, args.batch, args.workers, encode)
 
 
 if __name__ == "__main__":

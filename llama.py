@@ -1,42 +1,41 @@
 """The LLaMA-3.1 decoder: from token embeddings to hidden states (paper, section 3.1, equation 4).
 
-Follows "The Llama 3 Herd of Models" and the layout of the Hugging Face hub: config.json, *.safetensors. The
-same code runs every Llama-shaped model of the paper's Table 4: Llama-3.1-8B, Llama-3.2-1B, Mistral-7B-v0.3
-and Vicuna-7B-v1.5.
+Follows "The Llama 3 Herd of Models" and reads files as the Hugging Face hub lays them out: config.json,
+*.safetensors. The same code runs every Llama-shaped model of the paper's Table 4: Llama-3.1-8B, Llama-3.2-1B,
+Mistral-7B-v0.3 and Vicuna-7B-v1.5. This file needs no other.
 
     x -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> lm_head
 
-Letters in shape comments: B rows, T new positions, S positions seen (cached and new), D width, H query heads,
-G key/value heads, d width of a head. `python llama.py` shows the shapes of a small one.
+Letters in shape comments: B rows, T new tokens in a row, S tokens that a row has read, new ones included, D
+width, H query heads, G key/value heads, d width of a head. `python llama.py` shows the shapes of a small one.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from common import InputError, check, get_field, read_json
-from weights import load_weights
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The defaults are Llama-3.1-8B; names as in config.json."""
 
-    vocab_size: int = 128256
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
+    vocab_size: int = 128256  # tokens
+    hidden_size: int = 4096  # D, numbers that stand for a token
+    intermediate_size: int = 14336  # width of the MLP
     num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-    rope: dict = field(default_factory=lambda: dict(
+    num_attention_heads: int = 32  # H
+    num_key_value_heads: int = 8  # G
+    head_dim: int = 128  # d
+    rms_norm_eps: float = 1e-5  # keeps RMSNorm from dividing by 0
+    tie_word_embeddings: bool = False  # whether lm_head and embed_tokens are one matrix
+    rope: dict = field(default_factory=lambda: dict(  # see rope_frequencies()
         rope_theta=500000.0, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=8192))
 
@@ -80,50 +79,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-# Three arguments below, `prefix`, `real` and `wanted`, only save work. A first reading may take them for
-# None: what remains is the textbook's decoder. For example, four questions a to d about two photos, p and q:
-#
-#     prefix         rows                         x, with `real`                  the result, with `wanted`
-#
-#     p p p p p p    a a a a a   continues p     a a a a a b b c c c d d d d     a b c d
-#     q q q q q q    b b - - -   continues p     (N = 14, D)                     (the last token of each row)
-#                    c c c - -   continues q
-#                    d d d d -   continues q
-#
-# prefix: keys and values of a photo are kept once, and rows that continue it share them.
-# real: only attention needs rows of one length, (B, T). All other layers treat each token by itself; they get
-#     a list of the N tokens that are no padding. `real` is where in the rows these are: (rows, columns).
-# wanted: an index of the tokens, in x as it is given, whose hidden states the caller needs. For the rest, the
-#     last layer computes only keys and values.
+def attention_as_written(q, k, v, mask):
+    """softmax(q k / sqrt d) v: each query takes a mean of the values, weighted by how well it fits the keys.
 
-
-class Attention(nn.Module):
-    """Grouped-query attention: H/G query heads share a key/value head, so the cache is H/G times smaller."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.d = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-
-    def forward(self, x, cos, sin, mask, past, prefix, real, wanted):
-        """x (B, T, D) -> what is to be added to it (B, T, D), and the keys and values to cache.
-
-        prefix, past: keys and values of what comes before, in this order; None if nothing does.
-        """
-        q, k, v = (pad(proj(x), real, mask).unflatten(-1, (-1, self.d)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, G, T, d)
-        cached = append(past, (k, v))
-        k, v = append(prefix, cached)  # (B, G, S, d)
-        y = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, T, H * d)
-        return self.o_proj(pick(pick(y, real), wanted)), cached
+    q (B, H, T, d); k, v (B, G, S, d); mask (..., T, S), True where a query may look -> (B, H, T, d). H/G
+    query heads share a head of keys and values: for H = 4 and G = 2, [K1, K2] are used as [K1, K1, K2, K2].
+    This is how a textbook writes it. attend() computes the same without holding all T x S scores.
+    """
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, d)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
 def attend(q, k, v, mask):
-    """Queries (B, H, T, d), keys and values (B, G, S, d) -> a weighted mean of values each, (B, H, T, d)."""
+    """The same by PyTorch's fused function. Without a mask, a query sees itself and what is before it."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     # The heads that share keys become one head with all their queries, so the keys are read once. For single
@@ -133,23 +102,27 @@ def attend(q, k, v, mask):
     return F.scaled_dot_product_attention(shared, k, v, mask).reshape(q.shape)
 
 
-def append(before, new):
-    """Keys and values (B, G, ..., d) of some positions, or None, and of those that follow -> of all."""
-    return new if before is None else tuple(torch.cat(pair, dim=2) for pair in zip(before, new))
+class Attention(nn.Module):
+    """Grouped-query attention: H/G query heads share keys and values, so the cache is H/G times smaller."""
 
+    def __init__(self, c):
+        super().__init__()
+        self.d = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-def pad(x, real, mask):
-    """The inverse of x[real]: (N, width) -> (B, T, width), 0 where there is padding."""
-    if real is None:
-        return x
-    B, _, T, _ = mask.shape
-    padded = x.new_zeros(B, T, x.shape[-1])
-    padded[real] = x
-    return padded
+    def forward(self, x, cos, sin, mask, before):
+        """x (B, T, D) -> what is to be added to it (B, T, D), and keys and values of its tokens.
 
-
-def pick(x, index):
-    return x if index is None else x[index]
+        before: keys and values of what each row has read already; None if nothing.
+        """
+        q, k, v = (proj(x).unflatten(-1, (-1, self.d)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, G, T, d)
+        y = attend(q, *join(before, (k, v)), mask)  # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
 
 class MLP(nn.Module):
@@ -173,11 +146,53 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, past=None, prefix=None, real=None, wanted=None):
-        """-> x after this layer, and the keys and values to cache."""
-        y, cached = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, prefix, real, wanted)
-        x = pick(x, wanted) + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cached
+    def forward(self, x, cos, sin, mask, before):
+        y, keys_and_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, before)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_and_values
+
+
+class Cache:
+    """Keys and values of all that rows have read, so that every token is read once.
+
+    A row may go on in several ways, for example a photo with several questions. What they have in common is
+    kept once, however many go on from it. Here rows 0 and 1 of photos.fork([0, 0, 1]) continue photo p:
+
+        photos          photos.fork([0, 0, 1])      is_token of the fork
+        p p p p         p p p p | a a a a a         1 1 1 1   1 1 1 1 1
+                                | b b - - -         1 1 1 1   1 1 0 0 0
+        q q q q         q q q q | c c c - -         1 1 1 1   1 1 1 0 0
+
+    Rows read blocks of one length, so some hold padding, at which nothing ever looks.
+    """
+
+    def __init__(self):
+        self.parent, self.rows = None, None
+        self.own = {}  # {layer: (keys, values)}, each (B, G, S, d), of what was read since the fork
+        self.is_token = None  # (B, S), False for padding
+
+    def fork(self, rows):
+        """A cache whose row b goes on from row rows[b] of this one, which stays as it is. rows: a tensor."""
+        child = Cache()
+        child.parent, child.rows, child.is_token = self, rows, self.is_token[rows]
+        return child
+
+    def read(self, layer):
+        """-> keys and values (B, G, S, d) of all that the rows have read; None if nothing."""
+        own = self.own.get(layer)
+        if self.parent is None:
+            return own
+        return join([t[self.rows] for t in self.parent.read(layer)], own)
+
+    def append(self, layer, keys_and_values):
+        self.own[layer] = join(self.own.get(layer), keys_and_values)
+
+
+def join(before, after):
+    """Keys and values of some tokens and of those that follow, either of which may be None -> of all."""
+    if before is None or after is None:
+        return before or after
+    return [torch.cat(pair, dim=2) for pair in zip(before, after)]
 
 
 class Llama(nn.Module):
@@ -194,125 +209,89 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.checkpoint_activations = False  # keep only block inputs, recompute the rest in the backward
 
-    def forward(self, x, positions=None, mask=None, cache=None, *, prefix=None, real=None, wanted=None):
+    def forward(self, x, cache=None, is_token=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D).
 
-        positions (B, T), by default 0 ... T-1. mask (B, 1, T, S), True where a query may look; by default
-        attention is causal. Once anything is cached, both must be given, since SDPA would line up the first
-        query with the first key.
-
-        cache: {layer: (keys, values)}, each (B, G, slots, d), empty at first; every call appends to it.
-
+        Attention is causal. With a cache, rows continue what they have read, and x is added to it. is_token
+        (B, T): False for padding, which stands on the right; by default there is none.
         The vocabulary's logits are lm_head(hidden), left to the caller: they are wanted at few positions, and
         each costs a product with the whole vocabulary.
-
-        The other arguments save work, see above Attention. prefix: (another cache, rows); row b continues
-        that cache's row rows[b]. real: x and the result are (N, D). wanted: the result is hidden[wanted].
         """
+        B, T, _ = x.shape
+        cache = Cache() if cache is None else cache
+        if is_token is None:
+            is_token = torch.ones(B, T, dtype=torch.bool, device=x.device)
+        positions, mask = torch.arange(T, device=x.device)[None], None
+        if cache.is_token is not None:  # a query sees what its row has read, and its own block up to itself
+            positions = positions + cache.is_token.sum(1, keepdim=True)  # (B, T)
+            within = is_token[:, None] & is_token.new_ones(T, T).tril()  # (B, T, T)
+            mask = torch.cat((cache.is_token[:, None].expand(-1, T, -1), within), dim=2)[:, None]
+            is_token = torch.cat((cache.is_token, is_token), dim=1)  # (B, S)
+        cache.is_token = is_token
         x = x.to(self.norm.weight.dtype)  # embeddings that train are fp32
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (B, 1, T, d/2), fp32
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            before = None
-            if prefix is not None:  # copied for each row, one layer at a time
-                shared, rows = prefix
-                before = [t[rows] for t in shared[i]]
-            is_last = i == len(self.layers) - 1
-            past = None if cache is None else cache.get(i)
-            args = x, cos, sin, mask, past, before, real, wanted if is_last else None
+            args = x, cos, sin, mask, cache.read(i)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, cached = checkpoint(layer, *args, use_reentrant=False)
+                x, keys_and_values = checkpoint(layer, *args, use_reentrant=False)
             else:
-                x, cached = layer(*args)
-            if cache is not None:  # replaced layer by layer, so that no more than one layer is held twice
-                cache[i] = cached
+                x, keys_and_values = layer(*args)
+            cache.append(i, keys_and_values)
         return self.norm(x)
 
     @classmethod
     def load(cls, directory, dtype=torch.float32, device="cpu"):
-        """Reads DIR/config.json and DIR/*.safetensors. InputError names the file and tensor at fault."""
-        config = read_llama_config(Path(directory) / "config.json")
+        """Reads DIR/config.json and DIR/*.safetensors. Strict: torch names a missing or misshapen tensor."""
+        directory = Path(directory)
+        config = read_config(directory / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        unused = ["rotary_emb.inv_freq"]  # in old files; it follows from the config
+        state, index = {}, directory / "model.safetensors.index.json"
+        files = {"model.safetensors"}
+        if index.exists():  # large models come in several files
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        for name in sorted(files):
+            with safe_open(directory / name, framework="pt", device=str(device)) as file:
+                for key in file.keys():
+                    if not key.endswith("rotary_emb.inv_freq"):  # in old files; it follows from the config
+                        state[key.removeprefix("model.")] = file.get_tensor(key).to(dtype)
         if config.tie_word_embeddings:
-            unused.append("lm_head.weight")
-
-        def rename(key):
-            return [] if key.endswith(tuple(unused)) else [key.removeprefix("model.")]
-        load_weights(model, directory, rename, dtype, device)
-        if config.tie_word_embeddings:
+            state["lm_head.weight"] = state["embed_tokens.weight"]
+        model.load_state_dict(state, strict=True, assign=True)
+        if config.tie_word_embeddings:  # assigning has made two parameters of the one matrix
             model.lm_head.weight = model.embed_tokens.weight
         return model
 
 
-# ------------------------------------------------------------------------------------------------ config.json
-
-# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
-FIELDS = dict(
-    vocab_size=(int,), hidden_size=(int,), intermediate_size=(int,), num_hidden_layers=(int, 1, 200),
-    num_attention_heads=(int, 1, 10000), num_key_value_heads=(int, 1, 10000), head_dim=(int, 1, 10000),
-    rms_norm_eps=(float, 0, 1), tie_word_embeddings=(bool,))
-ROPE = dict(
-    rope_theta=(float, 1, 10**12), factor=(float,), low_freq_factor=(float,), high_freq_factor=(float,),
-    original_max_position_embeddings=(int, 1, 10**9))
-
-
-def read_llama_config(path):
-    """A config.json of the hub -> LlamaConfig. InputError if the model is not Llama-shaped."""
-    raw = read_json(path, dict)
-    if raw.get("model_type") not in ("llama", "mistral") or raw.get("sliding_window"):
-        raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not a Llama-shaped model "
-                         "without sliding window")
-    rope = read_rope(raw, path)
-    known = {k: v for k, v in raw.items() if k in LlamaConfig.__dataclass_fields__ and v is not None}
-    needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-    if rope["rope_type"] == "llama3":
-        needed |= LlamaConfig().rope.keys()
-    if missing := needed - known.keys() - rope.keys():
-        raise InputError(f"{path}: {min(missing)} is missing")
-    for key in known.keys() & FIELDS.keys():
-        get_field(known, key, path, *FIELDS[key])
-    known.setdefault("rms_norm_eps", 1e-6)  # what older files leave out is as in Transformers
-    known.setdefault("num_key_value_heads", raw["num_attention_heads"])
-    known.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-    check_heads_and_rope(path, known, rope)
-    return LlamaConfig(**{**known, "rope": rope})
-
-
-def read_rope(raw, path):
-    """What a config.json says of RoPE, in one dictionary. InputError if it is of a kind not known here."""
+def read_config(path):
+    """A config.json of the hub -> LlamaConfig. ValueError if the model is not Llama-shaped."""
+    raw = json.loads(Path(path).read_text())
+    if raw["model_type"] not in ("llama", "mistral") or raw.get("sliding_window"):
+        raise ValueError(f"model_type {raw['model_type']} is not a Llama-shaped model without sliding window")
     # newer files keep everything about RoPE in rope_parameters, older ones in rope_theta and rope_scaling
-    old, new = (check(raw.get(key) or {}, f"{path}: {key}", dict, 0)
-                for key in ("rope_scaling", "rope_parameters"))
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     rope = {"rope_theta": raw.get("rope_theta", 10000.0), **old, **new}
     if rope.setdefault("rope_type", rope.get("type", "default")) not in ("default", "llama3"):
-        raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only default and llama3")
-    return rope
-
-
-def check_heads_and_rope(path, known, rope):
-    """InputError if heads cannot share keys and values, or if RoPE cannot turn pairs of their dimensions."""
-    H, G, d = known["num_attention_heads"], known["num_key_value_heads"], known["head_dim"]
-    if H % G or d % 2 or not d:
-        raise InputError(f"{path}: {H} heads do not share {G} key/value heads evenly, or their width {d} is "
-                         "not even")
-    for key in ROPE if rope["rope_type"] == "llama3" else ["rope_theta"]:
-        get_field(rope, key, path, *ROPE[key])
-    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise InputError(f"{path}: low_freq_factor is not below high_freq_factor")
+        raise ValueError(f"rope_type {rope['rope_type']} is not supported, only default and llama3")
+    D, H = raw["hidden_size"], raw["num_attention_heads"]
+    return LlamaConfig(  # what older files leave out is as in Transformers
+        raw["vocab_size"], D, raw["intermediate_size"], raw["num_hidden_layers"], H,
+        raw.get("num_key_value_heads") or H, raw.get("head_dim") or D // H, raw.get("rms_norm_eps", 1e-6),
+        raw.get("tie_word_embeddings", False), rope)
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     llama = Llama.load(Path(__file__).parent / "assets/toy/llm")
+    tokens = torch.tensor([[1, 5, 6, 7]])
+    hidden = llama(llama.embed_tokens(tokens))
     print(f"{sum(p.numel() for p in llama.parameters()):,} parameters")
-    with torch.no_grad():
-        cache, tokens = {}, torch.tensor([[1, 20, 30]])
-        hidden = llama(llama.embed_tokens(tokens), cache=cache)
-        print(f"tokens {tuple(tokens.shape)} -> hidden states {tuple(hidden.shape)} "
-              f"-> logits {tuple(llama.lm_head(hidden).shape)}")
-        print(f"cached in each of {len(cache)} layers: keys and values {tuple(cache[0][0].shape)}")
-        print(f"RoPE turns the first pair by {rope_frequencies(llama.config)[0]:.3f} rad a position, "
-              f"the last by {rope_frequencies(llama.config)[-1]:.6f}")
+    print(f"tokens {tuple(tokens.shape)} -> hidden states {tuple(hidden.shape)} "
+          f"-> logits {tuple(llama.lm_head(hidden).shape)}")
+    cache = Cache()
+    llama(llama.embed_tokens(tokens[:, :3]), cache)
+    last = llama(llama.embed_tokens(tokens[:, 3:]), cache)
+    print(f"read in two parts with a cache: differs by {(last - hidden[:, 3:]).abs().max():.1e}")
+    keys, _ = cache.read(0)
+    print(f"the cache holds keys {tuple(keys.shape)} in each layer")

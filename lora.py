@@ -48,19 +48,11 @@ def trainable_state(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def load_trainable_state(model, state):
-    """Copies what trainable_state() gave into a model built the same way. ValueError says what differs."""
-    own = trainable_state(model)
-    for problem, names in ("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys()):
-        if names:
-            raise ValueError(f"the checkpoint {problem} {len(names)} trained tensors, e.g. {min(names)}")
-    for name, parameter in own.items():
-        if parameter.shape != state[name].shape:
-            raise ValueError(
-                f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} here")
-    for name, parameter in own.items():
-        parameter.copy_(state[name])
+    """Fills in what trainable_state() gave of a model built the same way. An error says what differs."""
+    if different := trainable_state(model).keys() ^ state.keys():
+        raise ValueError(f"{len(different)} trained tensors are only on one side, e.g. {min(different)}")
+    model.load_state_dict(state, strict=False)  # what does not train is not in it
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@
                                    v
     embedding of BOS, [ 256 image tokens ], embeddings of "\\n", question, answer --> Llama --> next tokens
 
-Here are the two networks joined, and the loss that trains them. Answering questions is decode.py's.
-Letters: B rows, N image tokens, T tokens of text, D width of the LLM. `python model.py` shows shapes and a
-loss.
+Here are the two networks joined, the loss that trains them, and the textbook's way to generate an answer.
+decode.py answers faster. Letters: B rows, N image tokens, T tokens of text, D width of the LLM.
+`python model.py` shows shapes and a loss.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -16,47 +17,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from chat import IGNORE, Category, Chat, Scene
-from common import read_json
-from hiera import Hiera
-from llama import Llama
-from lora import add_lora
+from common import reading
+from llama import Cache, Llama
+from lora import add_lora, load_trainable_state
 from vit import ViT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CapeLLM(nn.Module):
-    """answers: "text", or "token" for Table 8's <KEYPOINT>, off whose hidden state the point is read."""
-
-    def __init__(self, vit, llama, answers="text"):
+    def __init__(self, vit, llama):
         super().__init__()
-        D = llama.config.hidden_size
         self.vit = vit
         self.llama = llama
-        self.projection = nn.Linear(vit.config.hidden_size, D)  # starts at random, trains, and stays in fp32
-        self.keypoint_head = None
-        if answers == "token":  # the vocabulary grows by one, and all input embeddings train
-            words = llama.embed_tokens.weight.float()
-            words = torch.cat((words, words.mean(0, keepdim=True)))
-            llama.embed_tokens = nn.Embedding.from_pretrained(words, freeze=False)
-            self.keypoint_head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 2), nn.Sigmoid())
-
-    @classmethod
-    def load(cls, vit_directory, llm_directory, image_size=224, tune_vit="lora", tune_llm="lora",
-             answers="text", device="cpu", dtype=None):
-        """Published weights with fresh adapters. tune_*: "frozen", "lora" (the paper) or "full".
-
-        dtype: of frozen weights and of computing, "fp32" or "bf16"; by default bf16 on CUDA, fp32 elsewhere.
-        What trains is fp32 and requires grad.
-        """
-        dtype = DTYPES[dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
-        kind = read_json(Path(vit_directory, "config.json"), dict).get("model_type")
-        Encoder = Hiera if kind == "hiera" else ViT
-        vit = Encoder.load(vit_directory, image_size, torch.float32 if tune_vit == "full" else dtype, device)
-        llama = Llama.load(llm_directory, torch.float32 if tune_llm == "full" else dtype, device)
-        adapt(vit, tune_vit, ("q", "v"))
-        adapt(llama, tune_llm, ("q_proj", "v_proj"))
-        return cls(vit, llama, answers).to(device)
+        # starts at random, trains, and stays in fp32
+        self.projection = nn.Linear(vit.config.hidden_size, llama.config.hidden_size)
 
     def see(self, images):
         """Normalised photos (B, 3, h, w) -> image tokens (B, N, D) (equations 1 and 2)."""
@@ -64,46 +39,71 @@ class CapeLLM(nn.Module):
         dtype = self.llama.norm.weight.dtype
         return F.linear(features.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
-    def forward(self, images, tokens, labels, points=None, conversation=None):
+    def join(self, images, tokens):
+        """Photos, texts (B, T) -> the LLM's input (B, N + T, D): BOS, photo, rest of text (equation 3)."""
+        text = self.llama.embed_tokens(tokens)
+        return torch.cat((text[:, :1], self.see(images), text[:, 1:]), dim=1)
+
+    def forward(self, images, tokens, labels, photo_of=None):
         """The training loss: averaged over the labels of each conversation, then over conversations.
 
         images (B, 3, h, w), normalised. tokens (B, T): BOS, "\\n", a conversation, padding. labels (B, T):
-        the token itself where it is to be learned, else IGNORE. points (n, 2): where the n <KEYPOINT>s among
-        the tokens are, row by row; None if answers are text. conversation (B, T): if a row packs several
-        conversations about its photo, the number of the one that a token belongs to; 0 for BOS and "\\n".
+        the token itself where it is to be learned, else IGNORE. If they stay on the CPU, looking what is to
+        be learned does not wait for the GPU. photo_of (B,): which photo each conversation is about.
 
-        The image tokens go between BOS and the rest, so token i > 0 is at position N + i. A token is read off
-        the hidden state one position before, which predicts it; a point off that of its <KEYPOINT>. With
-        N = 256:
+        Token i > 0 is at position N + i, and read off the hidden state one position before. With N = 256:
 
             position   0     1 ... 256   257    258     259    260
             input      BOS   the photo   "\\n"   User    :      where
             token i    0                 1      2       3      4
             read from                    256    257     258    259
         """
-        image, text = self.see(images), self.llama.embed_tokens(tokens)  # (B, N, D), (B, T, D)
-        x = torch.cat((text[:, :1], image, text[:, 1:]), dim=1)  # (B, N + T, D) (equation 3)
-        N = image.shape[1]
-        positions, mask = (None, None) if conversation is None else separate(conversation, N)
+        if photo_of is None:
+            x = self.join(images, tokens)
+            hidden = self.llama(x)[:, -tokens.shape[1]:-1]  # (B, T - 1, D) (equation 4)
+        else:
+            hidden = self.read_behind_photos(images, tokens, photo_of)[:, :-1]
+        # Nine positions in ten are photo and questions, and each row of logits is a product with the whole
+        # vocabulary. So logits are made only where there is something to learn.
+        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        targets, shares = labels[:, 1:][rows, columns], 1 / rows.bincount()[rows] / len(rows.unique())
+        rows, columns, targets, shares = (
+            t.to(hidden.device, non_blocking=True) for t in (rows, columns, targets, shares))
+        return (self.losses(hidden[rows, columns], targets) * shares).sum()
 
-        # Hidden states and logits are made only where they are read: nine positions in ten are photo and
-        # questions, and each row of logits is a product with the whole vocabulary.
-        learned, pointed = labels[:, 1:] != IGNORE, tokens[:, 1:] == self.llama.config.vocab_size  # (B, T-1)
-        before, at = F.pad(learned, (N, 1)), F.pad(pointed, (N + 1, 0))  # the position before, or its own
-        wanted = before | at  # (B, N + T)
-        hidden = self.llama(x, positions, mask, wanted=wanted)  # (wanted positions, D) (equation 4)
-        logits = self.llama.lm_head(hidden[before[wanted]]).float()  # (labels, vocabulary) (equation 5)
-        losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
+    def losses(self, hidden, targets):
+        """Hidden states (R, D) and the tokens to be read off them (R,) -> their losses (R,) (equation 5)."""
+        logits = self.llama.lm_head(hidden).float()  # (R, vocabulary)
+        return F.cross_entropy(logits, targets, reduction="none")
 
-        # which conversation, of all in the batch, each token belongs to
-        owner = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)  # (B, T)
-        if conversation is not None:
-            owner = owner * (conversation.max() + 1) + conversation
-        owners = owner[:, 1:][learned]
-        if points is not None:  # the loss of a <KEYPOINT> is its distance along x and along y, averaged
-            distances = (self.keypoint_head(hidden[at[wanted]].float()) - points).abs().mean(-1)
-            losses, owners = torch.cat((losses, distances)), torch.cat((owners, owner[:, 1:][pointed]))
-        return average(losses, owners)
+    def read_behind_photos(self, images, tokens, photo_of):
+        """Reads P photos once each, and B conversations as rows that share their keys and values.
+
+        -> hidden states (B, T, D) of the last image token and of all tokens but BOS. decode.py asks its
+        questions likewise; here gradients flow through what is shared. See llama.Cache for a picture.
+        """
+        photos = Cache()
+        bos = tokens[:1, :1].expand(len(images), 1)
+        seen = self.llama(self.join(images, bos), photos)  # (P, 1 + N, D)
+        hidden = self.llama(self.llama.embed_tokens(tokens[:, 1:]), photos.fork(photo_of))  # (B, T - 1, D)
+        return torch.cat((seen[photo_of, -1:], hidden), dim=1)
+
+    @torch.no_grad()
+    def generate(self, image, tokens, end, max_tokens):
+        """Greedy decoding as in a textbook: the likeliest next token is added to the input, and so on.
+
+        image (1, 3, h, w); tokens: a list, BOS, "\\n" and a question -> the list of tokens that follow, up to
+        the token `end` or max_tokens of them.
+        """
+        answer = []
+        while len(answer) < max_tokens and end not in answer:
+            x = self.join(image, torch.tensor([tokens + answer], device=image.device))
+            logits = self.llama.lm_head(self.llama(x)[:, -1])  # (1, vocabulary)
+            answer.append(logits.argmax().item())
+        return answer
+
+
+# ---------------------------------------------------------------------------------- networks from arguments
 
 
 def adapt(network, tune, names):
@@ -113,41 +113,62 @@ def adapt(network, tune, names):
         add_lora(network, names)
 
 
-def average(losses, owners):
-    """Averages losses over each conversation, then over conversations. owners: whose loss it is, a number."""
-    counts = owners.bincount()
-    return (losses / counts[owners]).sum() / (counts > 0).sum()
+def load_network(args, device="cpu", dtype=None):
+    """A network of published weights with fresh adapters, and the Chat that belongs to it.
 
-
-def separate(conversation, N):
-    """Lets packed conversations see the photo and themselves, as if each were alone -> positions and mask.
-
-    conversation (B, T) as in CapeLLM.forward(). Positions (B, N + T) count the tokens seen before; the mask
-    (B, 1, N + T, N + T) for two image tokens p and conversations a and b of two tokens each:
-
-               BOS p p \\n a a b b
-        BOS     x  . . .  . . . .
-        p       x  x . .  . . . .
-        p       x  x x .  . . . .
-        \\n      x  x x x  . . . .
-        a       x  x x x  x . . .      position 4
-        a       x  x x x  x x . .               5
-        b       x  x x x  . . x .               4 again
-        b       x  x x x  . . x x               5
+    args: what train.py was given; of it count vit, llm, image_size, seed, tune_vit and tune_llm ("frozen",
+    "lora", the paper's, or "full"), and for the paper's other tables instruction, answer and pretrain. dtype:
+    of frozen weights and of computing, "fp32" or "bf16"; by default bf16 on CUDA, fp32 elsewhere. What trains
+    is fp32 and requires grad. InputError names the file at fault.
     """
-    c = F.pad(conversation, (N, 0))  # BOS and photo are 0, what all share: (B, N + T)
-    mask = ((c[:, None] == c[:, :, None]) | (c[:, None] == 0)).tril()
-    return mask.sum(-1) - 1, mask[:, None]
+    torch.manual_seed(args.seed)  # adapters and projection start alike in all processes
+    dtype = DTYPES[dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
+    Encoder, Network, make_chat = ViT, CapeLLM, Chat
+    if args.answer == "token":  # Table 8
+        from paper.keypoint_token import KeypointChat as make_chat
+        from paper.keypoint_token import KeypointLLM as Network
+    if args.pretrain or args.instruction != "description":  # Tables 3, 6, 7 and 9
+        from paper.instructions import find_instruction
+        chat = make_chat(args.llm, find_instruction(args.instruction, args.pretrain))
+    else:
+        chat = make_chat(args.llm)
+    with reading(config := Path(args.vit, "config.json"), "say with --vit where the ViT is"):
+        if json.loads(config.read_text())["model_type"] == "hiera":  # Table 4
+            from paper.hiera import Hiera as Encoder
+    with reading(args.vit):
+        of_vit = torch.float32 if args.tune_vit == "full" else dtype
+        vit = Encoder.load(args.vit, args.image_size, of_vit, device)
+    with reading(args.llm):
+        llama = Llama.load(args.llm, torch.float32 if args.tune_llm == "full" else dtype, device)
+    adapt(vit, args.tune_vit, ("q", "v"))
+    adapt(llama, args.tune_llm, ("q_proj", "v_proj"))
+    return Network(vit, llama).to(device), chat
+
+
+def read_checkpoint(path):
+    """-> what train.py saved, a dictionary. It may be a stranger's file: torch runs nothing of it."""
+    with reading(path, "is it a checkpoint of train.py?"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for key in "args", "descriptions", "model", "optimizer", "step":
+            checkpoint[key]  # KeyError if it is something else
+        return checkpoint
+
+
+def load_weights(model, checkpoint, path):
+    """Fills in the trained weights of what read_checkpoint() gave."""
+    with reading(path, "was it trained with these --llm and --vit?"):
+        load_trainable_state(model, checkpoint["model"])
 
 
 if __name__ == "__main__":
+    from argparse import Namespace
     toy = Path(__file__).parent / "assets/toy"
-    torch.manual_seed(0)
-    model, chat = CapeLLM.load(toy / "vit", toy / "llm", image_size=112), Chat(toy / "llm")
+    model, chat = load_network(Namespace(
+        vit=toy / "vit", llm=toy / "llm", image_size=112, seed=0, tune_vit="lora", tune_llm="lora",
+        answer="text", instruction="description", pretrain=None))
     foot = ("first leg foot", "the far end of the leg that is blue")
-    tokens, labels, _ = chat.conversation(Scene(Category("creature", [foot]), [(foot, (0.25, 0.875))]))
-    tokens = torch.tensor([[chat.bos, *chat.newline, *tokens]])
-    labels = torch.tensor([[IGNORE] * (1 + len(chat.newline)) + labels])
+    conversation = chat.encode_conversation(Scene(Category("creature", [foot]), [(foot, (0.25, 0.875))]))
+    tokens, labels = (torch.tensor([part]) for part in conversation)
     image = torch.rand(1, 3, 112, 112)
     print(f"photo {tuple(image.shape)} -> image tokens {tuple(model.see(image).shape)}")
     print(f"tokens {tuple(tokens.shape)}, of which {(labels != IGNORE).sum()} are learned")

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint
 from common import Help, InputError, make_folder, printable, read_json, run, write_json
 from decode import DECODINGS
-from draw import draw_points, save_picture
 from locator import (
     DESCRIPTIONS,
     Locator,
@@ -33,6 +32,7 @@ from locator import (
     round_off,
 )
 from model import DTYPES
+from tools.draw import draw_points, save_picture
 
 
 def looks_like_corners(box, photo):
@@ -232,7 +232,7 @@ def main(argv):
         return print_sets(sets, descriptions["keypoint_sets"], args)
     how = args.checkpoint, args.decode, args.llm, args.vit, args.descriptions, args.dtype
     if args.serve:
-        from page import serve
+        from tools.page import serve
         return serve(Locator(*how), args.port)
     # All that can be wrong is checked before the network is loaded, which may take minutes.
     if args.keypoint:

@@ -9,7 +9,6 @@ kinds of parts and colours, and little else. The backbones grew up with sheets, 
 MP-100 holds creatures. Every test category has parts that neither world has shown before. See toyworld/.
 """
 
-import argparse
 import contextlib
 import io
 import os
@@ -21,18 +20,16 @@ import numpy as np
 import torch
 
 import evaluate
-import metric
 import train
-from annotations import read_descriptions, read_instances
-from common import InputError, natural, run
-from data import crop_of
+from common import InputError, Parser, natural, read_json, run
+from data import annotation_file, crop_of, parse_descriptions, read_instances
 from toyworld.creatures import draw_toy, write_descriptions
 
 # relative to where the program runs, so that checkpoints find the backbones after the folder was moved
 ASSETS = Path(os.path.relpath(Path(__file__).parent / "assets/toy"))
 NETWORK = ["--vit", f"{ASSETS}/vit", "--llm", f"{ASSETS}/llm", "--image-size", "112"]  # 8 x 8 patches
 RECIPE = ["--epochs", "3", "--warmup", "0.1", "--batch", "16", "--micro-batch", "16", "--lr", "5e-3",
-          "--workers", "1", "--log-every", "50"]
+          "--workers", "1"]
 
 
 # ----------------------------------------------------------------------------------------------- comparisons
@@ -44,7 +41,7 @@ def shuffle_texts(out, seed):
     -> {category id: others}.
     """
     rng, others, shuffled = np.random.default_rng(seed), {}, {}
-    for number, category in read_descriptions(out / "descriptions.json").items():
+    for number, category in read_categories(out).items():
         circle = rng.permutation(len(category.keypoints))
         others[number] = np.empty_like(circle)
         others[number][circle] = np.roll(circle, 1)
@@ -53,6 +50,11 @@ def shuffle_texts(out, seed):
     (out / "other_text").mkdir(exist_ok=True)
     write_descriptions(out / "other_text/descriptions.json", shuffled)
     return others
+
+
+def read_categories(out):
+    path = out / "descriptions.json"
+    return parse_descriptions(read_json(path), path)
 
 
 def without_ordinal(name):
@@ -70,9 +72,8 @@ def mean_places(instances, categories):
 
 
 def print_table(out, others):
-    categories = read_descriptions(out / "descriptions.json")
-    annotations = out / "data/annotations"
-    seen, unseen = (read_instances(annotations / f"mp100_split1_{subset}.json", categories)
+    categories = read_categories(out)
+    seen, unseen = (read_instances(annotation_file(out / "data", 1, subset), categories)
                     for subset in ("train", "test"))
     means = mean_places(seen, categories)
 
@@ -85,7 +86,7 @@ def print_table(out, others):
         return replace(instance, keypoints=instance.keypoints[order], visible=instance.visible[order])
 
     def read(folder):
-        return metric.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
+        return evaluate.read_predictions(folder / "predictions.json", unseen, allow_missing=False)
 
     rows = {
         "CapeLLM": (unseen, read(out)),
@@ -96,7 +97,7 @@ def print_table(out, others):
     print(f"\n{'toy categories never seen, % of keypoints found':50}"
           f"{'PCK@0.05':>10}{'PCK@0.1':>10}{'PCK@0.2':>10}{'mPCK':>10}")
     for name, (instances, points) in rows.items():
-        pck = 100 * metric.pck_of_queries(instances, points).mean(0)
+        pck = 100 * evaluate.pck_of_queries(instances, points).mean(0)
         print(f"{name:50}{pck[0]:10.1f}{pck[1]:10.1f}{pck[3]:10.1f}{pck.mean():10.1f}")
 
 
@@ -104,12 +105,12 @@ def print_table(out, others):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--pretrain", action="store_true", help="make the backbones of assets/toy instead")
     parser.add_argument("--variants", action="store_true", help="compare the paper's variants instead")
     parser.add_argument("--seed", type=natural, default=0,
-                        help="another seed draws another toy MP-100 and trains on it (default: 0)")
-    parser.add_argument("--out", type=Path, help="default: runs/toy, or runs/variants")
+                        help="another seed draws another toy MP-100 and trains on it")
+    parser.add_argument("--out", type=Path, help="None: runs/toy, or runs/variants")
     args = parser.parse_args(argv)
     # Two threads are hardly faster on networks so small, and with one every machine adds in the same order.
     torch.set_num_threads(1)

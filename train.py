@@ -1,25 +1,23 @@
-"""Fine-tunes CapeLLM on MP-100 (paper, sections 3.3 and 4.2) or your own data. The defaults are the paper's.
+"""Fine-tunes CapeLLM on MP-100 (paper, sections 3.3 and 4.2), or on other data in its layout (tools/own.py).
 
-    torchrun --nproc_per_node 4 train.py --split 1              4 GPUs
-    python train.py --split 1                                   one GPU or a CPU: the same, more slowly
-    python train.py --annotations train.json --images photos    your own data, see coco.py
-    python train.py --split 1 --check                           looks whether all is there, and trains nothing
+    torchrun --nproc_per_node 4 train.py --split 1      4 GPUs
+    python train.py --split 1                           one GPU or a CPU: the same, more slowly
+    python train.py --split 1 --check                   looks whether all is there, and trains nothing
 
-The same command again resumes where it stopped, by Ctrl-C, SIGTERM or a crash.
+The defaults are the paper's. The same command again resumes where it stopped, by Ctrl-C, SIGTERM or a crash.
 
 An optimizer step takes --batch conversations, cut into micro-batches that the processes share out and
 accumulate. Everything random is drawn from (seed, epoch, example) or from (seed, number of the micro-batch),
 so a restart or the number of workers changes nothing, and the number of processes only the rounding.
 """
 
-import hashlib
+import json
 import math
+import os
 import signal
 import sys
 import time
-from argparse import Namespace
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,54 +26,115 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from annotations import annotation_file, keep_readable, parse_descriptions, read_instances
-from arguments import images_folder, parse_arguments
-from check import check_all, check_briefly
-from checkpoint import load_chat, load_model, load_optimizer, lock_folder, read_checkpoint, save_checkpoint
-from coco import read_coco, read_texts
-from common import InputError, Process, Stop, loader_options, read_json, run, say, start_processes, stop_with
-from data import TrainingSet, collate, count_groups, normalize, plan_epoch
-from evaluate import Validation
-from log import Log
+from common import InputError, Parser, loader_options, natural, positive, read_json, run, say, start_processes
+from data import (
+    TrainingSet,
+    annotation_file,
+    collate,
+    group_keypoints,
+    keep_readable,
+    normalize,
+    parse_descriptions,
+    plan_epoch,
+    read_instances,
+)
 from lora import trainable_state
-from model import CapeLLM
+from model import DTYPES, load_network, load_weights, read_checkpoint
 
-# ------------------------------------------------------------------------------------------------------ data
-
-
-def read_data(args):
-    """-> instances with a photo, {id: Category}, and the descriptions as a checkpoint keeps them."""
-    if args.annotations:
-        texts = read_texts(args.descriptions) if args.descriptions else None
-        instances, descriptions = read_coco(args.annotations, args.images, texts)
-        if texts is None:
-            say('warning: no --descriptions, so each keypoint has "the NAME of the CATEGORY"; words matter '
-                '(Table 3): give it texts.json, {"NAME": "where it is and what is beside it", ...}')
-        if args.val:  # its categories may be others
-            _, of_val = read_coco(args.val, args.images, texts)
-            descriptions = {part: of_val[part] | own for part, own in descriptions.items()}
-        categories = parse_descriptions(descriptions, args.annotations)
-    else:
-        descriptions = read_json(args.descriptions)
-        categories = parse_descriptions(descriptions, args.descriptions)
-        instances = read_instances(annotation_file(args.data, args.split, "train"), categories)
-    instances = keep_readable(instances, images_folder(args), categories, args.allow_missing)
-    return instances, categories, descriptions
+# -------------------------------------------------------------------------------------------------- settings
 
 
-def refuse_other_data(checkpoint, instances, descriptions, args, argv):
-    """Notes in args what data these are. InputError if a run would silently continue with others.
+def number_of_rounds(text):
+    """The type of --rounds."""
+    return text if text == "dynamic" else positive(text)
 
-    With --resume on the command line it may. The run of a checkpoint without such a note may, too.
-    """
-    seen = [(o.annotation_id, o.category_id, o.photo, o.box, o.keypoints.tolist(), o.visible.tolist())
-            for o in instances]
-    args.data_digest = hashlib.sha256(repr((seen, descriptions)).encode()).hexdigest()
-    trained = checkpoint["args"].get("data_digest", args.data_digest) if checkpoint else args.data_digest
-    if trained != args.data_digest and not any(word.startswith("--resume") for word in argv):
-        raise InputError(f"{args.resume}: its run had other objects, photos or descriptions than there are "
-                         f"now. To go on with these, say --resume {args.resume}; to start anew, --fresh or "
+
+def make_parser():
+    parser = Parser(description="Fine-tunes CapeLLM. The defaults are the paper's.")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--epochs", type=positive, default=12, metavar="N", help="passes over the data")
+    add("--batch", type=positive, default=128, metavar="N", help="conversations in an optimizer step")
+    add("--micro-batch", type=positive, default=1, metavar="N", help="in a forward pass")
+    add("--lr", type=float, default=5e-4, metavar="X", help="highest learning rate of AdamW")
+    add("--warmup", type=float, default=0.03, metavar="X", help="share of steps in which it rises")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
+    add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient; inf is any")
+    add("--rounds", type=number_of_rounds, default=4, metavar="N",
+        help="keypoints asked in a conversation (Table 4), or dynamic")
+    add("--seed", type=natural, default=42, metavar="N", help="of all that is random")
+    add = parser.add_argument_group("network").add_argument
+    add("--llm", default="weights/Llama-3.1-8B", metavar="DIR", help="the folder of its files")
+    add("--vit", default="weights/dinov2-large", metavar="DIR", help="likewise")
+    add("--image-size", type=positive, default=224, metavar="N", help="pixels a side of a crop")
+    add("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="what trains of it: Table 4")
+    add("--tune-llm", choices=["frozen", "lora", "full"], default="lora", help="likewise")
+    add("--instruction", default="description", metavar="NAME", help="Tables 3, 6, 7")
+    add("--answer", choices=["text", "token"], default="text", help="Table 8: or read off <KEYPOINT>")
+    add("--pretrain", choices=["direct", "step"], help="Table 9: train the projection alone")
+    add = parser.add_argument_group("data and results").add_argument
+    add("--data", default="data/mp100", metavar="DIR", help="MP-100, or what tools/own.py made")
+    add("--split", type=positive, default=1, metavar="N", help="of MP-100, 1 to 5")
+    add("--descriptions", metavar="JSON", help="texts (default: descriptions.json, in --data if it is there)")
+    add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
+    add("--out", metavar="DIR", help="folder of the checkpoint (default: runs/splitN, or of --data's name)")
+    add("--fresh", action="store_true", help="start anew where there is a run, which is overwritten")
+    add("--init", metavar="CKPT", help="start from a checkpoint, and with its --llm, --vit and --image-size")
+    add("--init-projection", metavar="CKPT", help="likewise, but from its projection alone: Table 9")
+    add = parser.add_argument_group("running").add_argument
+    add("--check", action="store_true", help="look whether data, weights and disk will do, and end")
+    add("--pack", action="store_true", help="all conversations of a photo behind one copy of it: faster, "
+        "but --batch then counts photos, and all keypoints of a photo are in one step and crop")
+    add("--checkpoint-activations", action="store_true", help="far less memory for half as much work again")
+    add("--compile", action="store_true", help="torch.compile every block")
+    add("--dtype", choices=DTYPES, help="of frozen weights and computing; None: bf16 on CUDA, else fp32")
+    add("--workers", type=natural, default=min(4, os.cpu_count()), metavar="N", help="they read photos")
+    add("--save-every", type=positive, default=100, metavar="N", help="steps between checkpoints")
+    add("--validate", type=natural, default=0, metavar="N", help="steps between measurements of "
+        "PCK@0.2 on 100 objects of the validation set, the best in best.pt; 0 is never")
+    return parser
+
+
+# arguments that change nothing of what is learned
+WITHOUT_EFFECT = {"out", "fresh", "check", "checkpoint_activations", "compile", "workers", "save_every",
+                  "validate"}
+
+
+def parse_arguments(argv):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    start = args.init or args.init_projection
+    if args.init:
+        trained = read_checkpoint(args.init)["args"]
+        parser.set_defaults(**{key: trained[key] for key in ("llm", "vit", "image_size")})
+        args = parser.parse_args(argv)
+    if args.pretrain:
+        if args.validate or args.answer == "token":
+            parser.error("--pretrain locates nothing: leave out --validate and --answer")
+        args.tune_vit = args.tune_llm = "frozen"
+    own = Path(args.data, "descriptions.json")
+    args.descriptions = args.descriptions or str(own if own.exists() else "descriptions.json")
+    name = f"split{args.split}" if args.data == parser.get_default("data") else Path(args.data).name
+    args.out = args.out or f"runs/{f'pretrain-{args.pretrain}' if args.pretrain else name}"
+    if args.fresh and start and Path(start).absolute().parent == Path(args.out).absolute():
+        parser.error(f"--fresh would delete {start}, which the run starts from; choose another --out")
+    return args
+
+
+def find_run(args, descriptions):
+    """-> the checkpoint that the run resumes from, None to start. InputError if it is of another run."""
+    path = Path(args.out, "ckpt.pt")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same --fresh
+    if not path.exists() or args.fresh and not restarted:
+        return None
+    checkpoint = read_checkpoint(path)
+    old = checkpoint["args"]
+    changed = [f"--{key.replace('_', '-')} {old[key]}, not {value}" for key, value in vars(args).items()
+               if key not in WITHOUT_EFFECT and old.get(key, value) != value]
+    changed += ["other descriptions"] if checkpoint["descriptions"] != descriptions else []
+    if changed:
+        raise InputError(f"{path} is of a run with {'; '.join(changed)}. Start anew with --fresh or "
                          "another --out")
+    return checkpoint
 
 
 # -------------------------------------------------------------------------------------------------- schedule
@@ -110,14 +169,9 @@ def micro_batches(n, steps, args, rank, world):
         step 1   4 5 0 1   rank 0: [4] [0]   rank 1: [5] [1]
     """
     for step in steps:
-        batch = indices_of(step, n, args.batch)
+        batch = [i % n for i in range(step * args.batch, (step + 1) * args.batch)]
         parts = [batch[i:i + args.micro_batch] for i in range(0, args.batch, args.micro_batch)]
         yield from parts[rank::world]
-
-
-def indices_of(step, n, batch):
-    """The examples < n of an epoch's step."""
-    return [i % n for i in range(step * batch, (step + 1) * batch)]
 
 
 def seed_dropout(seed, number):
@@ -128,282 +182,221 @@ def seed_dropout(seed, number):
     torch.manual_seed(seed + (number << 20) + (number >> 12))
 
 
-# -------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------ loop
 
 
 def load_batches(instances, categories, chat, args, steps, process):
-    """For each of `steps` (a range) of the run, yields its epoch, micro-batches and examples.
-
-    The micro-batches are an iterator over this process's of the whole epoch, of which a step takes the next
-    few. The examples are those of the step, of all processes.
-    """
+    """Yields this process's micro-batches of `steps`, a range of the run's, with the epoch of each."""
+    group = group_keypoints
+    if args.rounds == "dynamic":
+        from paper.iccv import group_dynamically as group
     epoch_steps = steps.stop // args.epochs
     for epoch in range(steps.start // epoch_steps, args.epochs):
-        examples = plan_epoch(instances, args.seed, epoch, args.rounds, args.pack)
+        examples = plan_epoch(instances, args.seed, epoch, args.rounds, args.pack, group)
         if not examples:
-            data = args.annotations or f"{args.data}: split {args.split}"
-            raise InputError(f"{data} has no visible keypoint to train on")
+            raise InputError(f"{args.data}: no visible keypoint to train on")
         of_epoch = range(max(0, steps.start - epoch * epoch_steps), epoch_steps)
-        loader = iter(DataLoader(
-            TrainingSet(examples, categories, chat, images_folder(args), args.image_size), collate_fn=collate,
+        loader = DataLoader(
+            TrainingSet(examples, categories, chat, Path(args.data, "images"), args.image_size),
             batch_sampler=list(micro_batches(len(examples), of_epoch, args, process.rank, process.world)),
-            pin_memory=process.device.type == "cuda", **loader_options(args.workers)))
-        for step in of_epoch:
-            yield epoch, loader, [examples[i] for i in indices_of(step, len(examples), args.batch)]
+            collate_fn=collate, pin_memory=process.device.type == "cuda", **loader_options(args.workers))
+        yield from ((epoch, batch) for batch in loader)
 
 
-def add_gradients(model, learner, loader, step, args, process):
-    """Adds up this process's share of a step's gradients -> its mean loss, tokens, seconds without data."""
+def add_gradients(model, learner, batches, step, args, process):
+    """Adds up this process's share of a step's gradients -> the epoch, the mean loss, how many tokens."""
     rank, world, device = process
-    loss, n_tokens, waited = torch.zeros((), device=device), 0, 0.0
+    loss, n_tokens = torch.zeros((), device=device), 0
     accumulation = args.batch // (args.micro_batch * world)
     for i in range(accumulation):
-        asked = time.perf_counter()
-        batch = next(loader)
-        waited += time.perf_counter() - asked
-        images, tokens, *rest = (None if t is None else t.to(device, non_blocking=True) for t in batch)
+        epoch, (images, tokens, labels, photo_of) = next(batches)
+        images, tokens, photo_of = (
+            None if t is None else t.to(device, non_blocking=True) for t in (images, tokens, photo_of))
         seed_dropout(args.seed, (step * accumulation + i) * world + rank)
         is_last = i == accumulation - 1  # only then the processes exchange gradients
         with nullcontext() if is_last or world == 1 else learner.no_sync():
-            micro_loss = learner(normalize(images), tokens, *rest) / accumulation
+            micro_loss = learner(normalize(images), tokens, labels, photo_of) / accumulation
             micro_loss.backward()
         loss += micro_loss.detach()
-        n_tokens += tokens.numel() + len(tokens) * model.vit.n_patches
-    return loss, n_tokens, waited
+        n_tokens += tokens.numel() + len(images) * model.vit.n_patches
+    return epoch, loss, n_tokens
 
 
-@dataclass(frozen=True)
-class Training:
-    """The parts of a training run, and what it leaves while it runs."""
-
-    args: Namespace
-    process: Process
-    model: CapeLLM
-    optimizer: torch.optim.Optimizer
-    descriptions: dict  # the contents of a descriptions.json
-    validation: Validation | None
-    log: Log
-
-    def save(self, step, name="ckpt.pt"):
-        """Writes a checkpoint and the curve, for the first process."""
-        save_checkpoint(Path(self.args.out, name), args=vars(self.args), descriptions=self.descriptions,
-                        model=trainable_state(self.model), optimizer=self.optimizer.state_dict(), step=step)
-        self.log.draw()
-
-    def validate(self, step):
-        """Measures the network, in all processes together, and saves it if it is the best so far."""
-        score, n = self.validation.measure(self.model)
-        best = max((score for _, score in self.log.series("PCK@0.2")), default=-1)
-        self.log.write(step=step, **{"PCK@0.2": score, "objects": n})
-        if self.process.rank == 0:
-            tqdm.write(f"step {step:5d}  PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
-            if score > best:
-                self.save(step, "best.pt")
+def save(path, **contents):
+    """Writes a new checkpoint beside the old one and then renames it, so that a whole one is there always."""
+    part = path.with_suffix(".part")
+    try:
+        torch.save(contents, part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch's writer says RuntimeError for a full disk
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({e}); free some space; the same command resumes") from e
 
 
-def fit(training, batches, steps):
+@contextmanager
+def catch_signals():
+    """Gives a list to which the first Ctrl-C or SIGTERM adds its number. A second one ends it at once."""
+    before, caught = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, []
+
+    def note(number, _):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as of a job in the background
+            signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(args, process, model, optimizer, batches, steps, validation, texts, best):
     """The training loop over `steps`, a range -> how many steps are done, and the signal that ended it or 0.
 
-    batches: what load_batches() yields.
+    texts: the descriptions, which a checkpoint holds beside the arguments and all that trains. best: the best
+    PCK@0.2 so far.
     """
-    args, model, optimizer = training.args, training.model, training.optimizer
-    rank, world, device = training.process
-    learner = model
-    if world > 1:
-        learner = DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    rank, world, device = process
+    # all processes have loaded and drawn the same weights
+    learner = model if world == 1 else DistributedDataParallel(model, init_sync=False)
+    parameters, folder = [p for p in model.parameters() if p.requires_grad], Path(args.out)
+    log = open(folder / "log.jsonl", "a", buffering=1) if rank == 0 else None
     model.train()
-    with (Stop() as stop,
+    with (catch_signals() as caught,
           tqdm(total=steps.stop, initial=steps.start, disable=rank > 0, dynamic_ncols=True) as bar):
-        for step, (epoch, loader, examples) in enumerate(batches, steps.start):
+        for step in steps:
             began, done = time.perf_counter(), step + 1
-            loss, n_tokens, waited = add_gradients(model, learner, loader, step, args, training.process)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+            epoch, loss, n_tokens = add_gradients(model, learner, batches, step, args, process)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+            # all processes agree on the mean loss, and on whether to stop
+            sums = torch.stack([loss / world, torch.tensor(float(len(caught)), device=device)])
+            if world > 1:
+                dist.all_reduce(sums)
+            loss, is_stopped = sums.tolist()
+            if not math.isfinite(loss + norm):
+                raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}; the last checkpoint was not "
+                                 "touched; start again with a lower --lr")
             lr = learning_rate(step, steps.stop, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
 
-            loss, is_stopped = agree_on_loss(loss, stop.signal, world)
-            norm, seconds = norm.item(), time.perf_counter() - began  # the GPU has finished by now
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                refuse_step(done, loss, norm, examples, training.log)
-            training.log.write(
-                step=done, epoch=epoch + 1, loss=loss, lr=lr, norm=norm,
-                tokens_per_second=round(n_tokens * world / seconds), gib=peak_memory(device),
-                seconds=round(seconds, 3), waited=round(waited / seconds, 3))
+            seconds = time.perf_counter() - began
+            line = {"step": done, "epoch": epoch + 1, "loss": loss, "lr": lr, "norm": norm,
+                    "seconds": seconds, "tokens_per_second": round(n_tokens * world / seconds)}
+            if device.type == "cuda":
+                line["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            bar.set_postfix_str(f"loss {loss:.4f}, {line['tokens_per_second']:,} tokens/s")
             bar.update()
-            if rank == 0 and is_due(done, args.log_every, steps):
-                bar.write(f"step {done:5d}  epoch {epoch + 1:2d}  loss {loss:.4f}  lr {lr:.2e}  "
-                          f"|grad| {norm:.3f}  {n_tokens * world / seconds:,.0f} tokens/s"
-                          f"{memory_and_mfu(model, n_tokens / seconds, device)}"
-                          f"{f'  waited {waited / seconds:.0%}' if waited > 0.05 * seconds else ''}")
-            if rank == 0 and is_stopped:  # before the validation, for which there may be no time
-                training.save(done)
-            if is_due(done, args.validate, steps):
-                training.validate(done)
-            if rank == 0 and not is_stopped and is_due(done, args.save_every, steps):
-                training.save(done)
-            if is_stopped and done < steps.stop:
-                return done, stop.signal or signal.SIGTERM
+            is_last, is_best = done == steps.stop, False
+            if args.validate and (done % args.validate == 0 or is_last) and not is_stopped:
+                score, n = validation.measure(model)
+                line["PCK@0.2"] = score
+                if rank == 0:
+                    bar.write(f"step {done}: PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
+                best, is_best = max(best, score), score > best
+            if rank == 0:
+                log.write(json.dumps(line) + "\n")
+                is_due = done % args.save_every == 0 or is_last or is_stopped
+                for name in ["best.pt"] * is_best + ["ckpt.pt"] * bool(is_due):
+                    save(folder / name, args=vars(args), descriptions=texts, model=trainable_state(model),
+                         optimizer=optimizer.state_dict(), step=done, best=best)
+                if is_due:
+                    from tools.curve import draw_curve
+                    draw_curve(folder)
+            if is_stopped and not is_last:
+                return done, caught[0] if caught else signal.SIGTERM
     return steps.stop, 0
-
-
-def is_due(done, every, steps):
-    """Whether to do now what is done every so many steps, never if that is 0, and at the end."""
-    return every and (done % every == 0 or done == steps.stop)
-
-
-def agree_on_loss(loss, signal_number, world):
-    """Each process's loss and signal -> the mean loss, and whether any was told to stop."""
-    sums = torch.stack([loss / world, torch.tensor(float(bool(signal_number)), device=loss.device)])
-    if world > 1:
-        dist.all_reduce(sums)
-    loss, stopped = sums.tolist()
-    return loss, stopped > 0
 
 
 # --------------------------------------------------------------------------------------------------- program
 
 
-def load_network(args, checkpoint, device):
-    """-> the network and its optimizer, fresh or as the checkpoint left them."""
-    model = load_model(args, device, checkpoint)
+def start_from(model, path, projection_alone):
+    """Takes from another run's checkpoint all weights that train here too in the same shape."""
+    weights, own = read_checkpoint(path)["model"], trainable_state(model)
+    taken = {name: weight for name, weight in weights.items()
+             if name in own and own[name].shape == weight.shape
+             and (name.startswith("projection.") or not projection_alone)}
+    if "projection.weight" not in taken:
+        raise InputError(f"{path}: its projection is of networks of other widths than --vit and --llm")
+    model.load_state_dict(taken, strict=False)
+    say(f"{path}: {len(taken)} of {len(own)} trained tensors start from there")
+
+
+def load(args, device, checkpoint):
+    """-> the network, its Chat and the optimizer: as the checkpoint left them, or fresh."""
+    model, chat = load_network(args, device, args.dtype)
     optimizer = make_optimizer(model, args, device)
     if checkpoint:
-        load_optimizer(optimizer, checkpoint["optimizer"], args.resume)
+        load_weights(model, checkpoint, args.out)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    elif args.init or args.init_projection:
+        start_from(model, args.init or args.init_projection, projection_alone=not args.init)
     model.llama.checkpoint_activations = args.checkpoint_activations
     if args.compile:
         for block in [*model.vit.blocks, *model.llama.layers]:
             block.compile(dynamic=True)
-    return model, optimizer
+    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or is_all)
+                      for is_all in (False, True))
+    say(f"{trained:,} of {total:,} parameters train")
+    return model, chat, optimizer
 
 
 def main(argv):
+    from tools.check import check_all, check_briefly
     args = parse_arguments(argv)
     if args.check:
         return check_all(args)
     process = start_processes()
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
-    path = Path(args.out, "ckpt.pt")
-    if path.exists() and not (args.fresh or checkpoint and path.samefile(args.resume)):
-        raise InputError(f"{path} exists: resume from it with --resume {path}, or choose another --out")
-    if args.batch % (args.micro_batch * process.world):
+    accumulation = args.batch / (args.micro_batch * process.world)
+    if accumulation % 1:
         raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} "
                          f"x {process.world} processes")
-
-    chat, data = load_chat(args), read_data(args)
-    instances, _, descriptions = data
-    refuse_other_data(checkpoint, instances, descriptions, args, argv)
-    n_examples = sum(1 if args.pack else count_groups(len(o.keypoints), args.rounds) for o in instances)
+    if process.device.type == "cpu":
+        say(f"no GPU seen: CPU, {args.dtype or 'fp32'}")
+    check_briefly(args, process)
+    texts = read_json(args.descriptions)
+    categories = parse_descriptions(texts, args.descriptions)
+    instances = read_instances(annotation_file(args.data, args.split, "train"), categories)
+    instances = keep_readable(instances, Path(args.data, "images"), categories, args.allow_missing)
+    if not instances:
+        raise InputError(f"{args.data}: no object to train on")
+    checkpoint = find_run(args, texts)
+    rounds = 4 if args.rounds == "dynamic" else args.rounds
+    n_examples = sum(1 if args.pack else math.ceil(len(o.keypoints) / rounds) for o in instances)
     steps = range(checkpoint["step"] if checkpoint else 0, args.epochs * math.ceil(n_examples / args.batch))
-    agree_on_step(steps.start, process.world, process.device)
     if not steps:
-        return say(f"finished already, after {steps.start} steps: {args.resume}")
-    train(args, process, chat, data, checkpoint, steps)
+        return say(f"finished already, after {steps.start} steps: {args.out}/ckpt.pt; --fresh starts anew")
+    say(f"{len(instances)} objects of {len({o.category_id for o in instances})} categories")
+    say(f"steps {steps.start} to {steps.stop} in {args.epochs} epochs; batch {args.batch} = micro-batch "
+        f"{args.micro_batch} x {process.world} processes x {accumulation:g} accumulated, on {process.device}")
 
-
-def train(args, process, chat, data, checkpoint, steps):
-    """Trains for `steps`, a range, in a folder that no other run is using. data: what read_data() gave."""
-    instances, categories, descriptions = data
-    validation = Validation(args, chat, categories, process) if args.validate else None
-    folder = Path(args.out)
-    lock = lock_folder(folder) if process.rank == 0 else None  # held until this function ends
-    check_briefly(args)
-    model, optimizer = load_network(args, checkpoint, process.device)
+    model, chat, optimizer = load(args, process.device, checkpoint)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    best = checkpoint.get("best", -1) if checkpoint else -1
     if checkpoint:
         checkpoint.clear()  # of a full fine-tuning it is several GB
-    if lock and args.fresh:  # as late as here, where all that could be refused has been
-        for name in "ckpt.pt", "best.pt":
-            (folder / name).unlink(missing_ok=True)
-    log = Log(folder if lock else None, steps.start)
-    say(f"{len(instances)} objects of {len({o.category_id for o in instances})} categories, "
-        f"{steps.stop} steps in {args.epochs} epochs")
-    say(f"batch {args.batch} = micro-batch {args.micro_batch} x {process.world} processes "
-        f"x {args.batch // (args.micro_batch * process.world)} accumulated, on {process.device}")
-    describe_parameters(model)
-    if steps.start:
-        say(f"resumes from step {steps.start}: {args.resume}")
-
+    elif process.rank == 0:
+        for name in "best.pt", "ckpt.pt", "log.jsonl":
+            Path(args.out, name).unlink(missing_ok=True)
+    validation = None
+    if args.validate:
+        from evaluate import Validation
+        validation = Validation(args, chat, categories, process)
     batches = load_batches(instances, categories, chat, args, steps, process)
-    training = Training(args, process, model, optimizer, descriptions, validation, log)
-    done, signal_number = fit(training, batches, steps)
-    path = folder / "ckpt.pt"
-    if signal_number:
-        is_same = not args.fresh and args.resume in (None, str(path))
-        say(f"stopped after step {done} of {steps.stop}; to resume: "
-            f"{'the same command again' if is_same else f'--resume {path}'}")
+    done, number = fit(args, process, model, optimizer, batches, steps, validation, texts, best)
+    if number:
+        say(f"stopped after step {done} of {steps.stop}; the same command resumes")
         if process.world > 1:
             dist.barrier()  # until the first process has saved: torchrun ends all where one has ended
-        stop_with(signal_number)
-    say(f"done: {path}")
-
-
-# -------------------------------------------------------------------------------------- checks and measures
-
-
-def agree_on_step(step, world, device):
-    """InputError if the processes, on several machines, do not all resume from the same step."""
-    if world > 1:
-        moments = torch.tensor([step, step ** 2], dtype=torch.float64, device=device)
-        dist.all_reduce(moments)
-        total, squares = moments.tolist()
-        if total ** 2 != world * squares:  # they are equal where the variance is 0
-            raise InputError("not all machines see the same checkpoint: --out must be on a disk they share")
-
-
-def refuse_step(done, loss, norm, examples, log):
-    """Ends a run whose loss or gradient is no number. The log lists all of the step's examples."""
-    shown = list(dict.fromkeys(f"{e.instance.annotation_id} ({e.instance.photo})" for e in examples))
-    log.write(step=done, error=f"loss {loss:g}, |grad| {norm:g}", annotations=shown)
-    more = f" and {len(shown) - 3} more in log.jsonl" if len(shown) > 3 else ""
-    raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}, at annotations "
-                     f"{', '.join(shown[:3])}{more}; the checkpoint of an earlier step was not touched; "
-                     "start again with a lower --lr or with --clip 1")
-
-
-def describe_parameters(model):
-    """Says how many parameters of each part train."""
-    parts = {"vit": model.vit, "projection": model.projection, "llm": model.llama,
-             "head": model.keypoint_head}
-    for name, part in parts.items():
-        if part is not None:
-            trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
-            total = sum(p.numel() for p in part.parameters())
-            say(f"{name:10} {trained:>13,} of {total:>13,} parameters train")
-
-
-# TFLOP/s of dense bf16 products, from data sheets
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A6000": 154.8, "4090": 165.2, "3090": 71}
-
-
-def peak_memory(device):
-    """In GiB: of the GPU, or else of this process. None where it cannot be asked for."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def memory_and_mfu(model, tokens_per_second, device):
-    """Peak memory; on a GPU also MFU, the share of its peak FLOP/s that is spent on necessary work.
-
-    That is two passes over the LLM's weights, forward and backward to the inputs, since frozen weights get no
-    gradient.
-    """
-    memory = peak_memory(device)
-    text = "" if memory is None else f"  {memory:.1f} GiB"
-    if device.type == "cuda":
-        for card, peak in PEAK_TFLOPS.items():
-            if card in torch.cuda.get_device_name(device):
-                weights = sum(p.numel() for p in model.llama.layers.parameters())
-                text += f"  MFU {4 * weights * tokens_per_second / peak / 1e12:.0%}"
-    return text
+        sys.exit(128 + number)
+    say(f"done: {args.out}/ckpt.pt")
 
 
 if __name__ == "__main__":

@@ -6,35 +6,35 @@ its sisters) and files with the names of the original release.
     photo (224 x 224) -> a grid of 16 x 16 patches -> [class token, patches] + positions, then registers
         -> [ x + ls1 * attention(norm1(x)) -> x + ls2 * mlp(norm2(x)) ] * n_layers -> norm -> the patch tokens
 
-q, k and v are separate layers here, since LoRA goes on q and v. Letters: B photos, N patches, T tokens (class
-token, registers and patches), D width, H heads. `python vit.py` shows the shapes of a small one.
+q, k and v are separate layers here, since LoRA goes on q and v. This file needs no other. Letters: B photos,
+N patches, T tokens (class token, registers and patches), D width, H heads. `python vit.py` shows the shapes
+of a small one.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
-
-from common import InputError, get_field, read_json
-from weights import load_weights
 
 
 @dataclass(frozen=True)
 class ViTConfig:
     """The defaults are DINOv2 ViT-L/14; names as in config.json."""
 
-    hidden_size: int = 1024
+    hidden_size: int = 1024  # D, numbers that stand for a patch
     num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    mlp_ratio: float = 4
-    layer_norm_eps: float = 1e-6
-    image_size: int = 518
-    patch_size: int = 14
-    use_swiglu_ffn: bool = False
-    num_register_tokens: int = 0
+    num_attention_heads: int = 16  # H
+    mlp_ratio: float = 4  # width of the MLP / D
+    layer_norm_eps: float = 1e-6  # keeps LayerNorm from dividing by 0
+    image_size: int = 518  # pixels a side of the photos of pre-training
+    patch_size: int = 14  # pixels a side of a patch
+    use_swiglu_ffn: bool = False  # whether the MLP is a SwiGLU, as in ViT-g
+    num_register_tokens: int = 0  # tokens without a place, in which the network may keep notes
 
 
 class Attention(nn.Module):
@@ -153,42 +153,37 @@ class ViT(nn.Module):
 
     @classmethod
     def load(cls, directory, image_size=224, dtype=torch.float32, device="cpu"):
-        """Reads DIR/config.json and DIR/model.safetensors. InputError names the file and tensor at fault."""
-        config = read_vit_config(Path(directory) / "config.json")
+        """Reads DIR/config.json and DIR/model.safetensors. Strict: torch names a missing or misshapen tensor.
+
+        image_size: pixels a side of the photos that it will see. ValueError if not a multiple of patch_size.
+        """
+        directory = Path(directory)
+        config = read_config(directory / "config.json")
         if image_size % config.patch_size:
-            raise InputError(f"image size {image_size} is not a multiple of the patch size "
-                             f"{config.patch_size} of {directory}")
+            raise ValueError(f"image size {image_size} is not a multiple of patch size {config.patch_size}")
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, directory, rename, dtype, device)
+        state = {}
+        with safe_open(directory / "model.safetensors", framework="pt", device=str(device)) as file:
+            for key in file.keys():
+                names = rename(key)
+                for name, part in zip(names, file.get_tensor(key).to(dtype).chunk(max(1, len(names)))):
+                    state[name] = part
+        model.load_state_dict(state, strict=True, assign=True)
         model.resize_positions(image_size)
         return model
 
 
 # -------------------------------------------------------------------------------------------- the hub's files
 
-# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
-FIELDS = dict(
-    hidden_size=(int,), num_hidden_layers=(int, 1, 200), num_attention_heads=(int, 1, 10000),
-    mlp_ratio=(float, 1, 1000), layer_norm_eps=(float, 0, 1), image_size=(int, 1, 10000),
-    patch_size=(int, 1, 10000), use_swiglu_ffn=(bool,), num_register_tokens=(int, 0, 1000))
 
-
-def read_vit_config(path):
-    """A config.json of the hub -> ViTConfig. InputError if it is of another network."""
-    raw = read_json(path, dict)
-    if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
-        raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not dinov2 or "
-                         "dinov2_with_registers")
-    for key in raw.keys() & FIELDS.keys() | {"num_attention_heads"}:  # no shape tells this one
-        get_field(raw, key, path, *FIELDS[key])
-    config = ViTConfig(**{k: v for k, v in raw.items() if k in FIELDS})
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(f"{path}: hidden_size {config.hidden_size} is not a multiple of "
-                         f"num_attention_heads {config.num_attention_heads}")
-    if config.patch_size > config.image_size:
-        raise InputError(f"{path}: patch_size {config.patch_size} is above image_size {config.image_size}")
-    return config
+def read_config(path):
+    """A config.json of the hub -> ViTConfig. ValueError if it is of another network."""
+    raw = json.loads(Path(path).read_text())
+    if raw["model_type"] not in ("dinov2", "dinov2_with_registers"):
+        raise ValueError(f"model_type {raw['model_type']} is not dinov2 or dinov2_with_registers")
+    fields = {key: raw[key] for key in ViTConfig.__dataclass_fields__ if key in raw}
+    return ViTConfig(**fields | {"num_attention_heads": raw["num_attention_heads"]})  # no shape tells it
 
 
 # The hub's names -> the original release's, replaced one after another in this order.

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from argparse import Namespace
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from chat import IGNORE, Chat  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
+from model import CapeLLM, adapt  # noqa: E402
 from vit import ViT, ViTConfig  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where a shell runs us with "&"
@@ -69,6 +71,30 @@ def save_network(folder, network, config):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file(network.state_dict(), folder / "model.safetensors")
+
+
+def network_arguments(folder, **changes):
+    """What train.py would hand to load_network() for the networks in a folder's vit/ and llm/."""
+    arguments = dict(vit=folder / "vit", llm=folder / "llm", image_size=56, seed=0, tune_vit="lora",
+                     tune_llm="lora", answer="text", instruction="description", pretrain=None)
+    return Namespace(**arguments | changes)
+
+
+def load_parity(shared, image_size=224):
+    """The authors' tiny network, which has no tokenizer, with fresh adapters."""
+    folder = shared / "parity/llama31"
+    torch.manual_seed(0)
+    vit, llama = ViT.load(folder / "vit", image_size), Llama.load(folder / "llm")
+    adapt(vit, "lora", ("q", "v"))
+    adapt(llama, "lora", ("q_proj", "v_proj"))
+    return CapeLLM(vit, llama).eval()
+
+
+def generate_all(model, images, questions, chat):
+    """The answers of the textbook's decoder, one list over all photos: what decode.locate() must say."""
+    form = chat.coordinates
+    return [model.generate(image[None], [chat.bos, *question], form.ending[-1], form.max_tokens)
+            for image, of_photo in zip(images, questions, strict=True) for question in of_photo]
 
 
 # ------------------------------------------------------------------------------------------------- tokenizers

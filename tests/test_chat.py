@@ -1,4 +1,4 @@
-"""chat.py: conversations with four kinds of tokenizers, their answers, and the paper's instructions."""
+"""chat.py: conversations with four kinds of tokenizers, and their answers."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from annotations import read_descriptions
-from chat import IGNORE, INSTRUCTIONS, OUTLINE, PRETRAINING, WORDINGS, Category, Chat, Scene, spell
-from decode import Prediction, read_coordinates
+from chat import IGNORE, Category, Chat, Scene, ask_with_description, write_point
+from common import InputError, read_json, write_json
+from decode import DECODINGS, Prediction, read_coordinates
 
 CUP = Category("tea_cup", [("rim", "where one drinks."), ("foot", "below (or under) it"),
                            ("left ear", "its handle"), ("heart", "inside")])
@@ -22,7 +22,7 @@ rounds = st.lists(st.tuples(st.tuples(texts, texts), points), min_size=1, max_si
 
 def spelled(chat, point):
     """The tokens of an answer, the end token among them."""
-    return chat.encode(spell(point)) + [chat.eos]
+    return chat.encode(write_point(point)) + [chat.eos]
 
 
 def text_of(chat, tokens):
@@ -47,8 +47,8 @@ def test_llama3_sequence_is_the_published_one(chat):
         v_w = tokens_of("\u0120[", "0", ".", f"{v:03}", ",", "0", ".", f"{w:03}", "]") + [128001]
         w_v = tokens_of("\u0120[", "0", ".", f"{w:03}", ",", "0", ".", f"{v:03}", "]") + [128001]
         scene = Scene(CUP, [(foot, (v / 1000, w / 1000)), (ear, (w / 1000, v / 1000))])
-        tokens, labels, _ = chat.conversation(scene)
-        assert runs(tokens, labels) == [where_foot, v_w, where_ear, w_v]
+        start = [128000, *tokens_of("\u010a")]
+        assert runs(*chat.encode_conversation(scene)) == [start + where_foot, v_w, where_ear, w_v]
     assert (chat.bos, chat.newline) == (128000, tokens_of("\u010a"))
     assert chat.coordinates.known == [tokens_of("\u0120[", "0", "."), tokens_of(",", "0", ".")]
 
@@ -56,13 +56,13 @@ def test_llama3_sequence_is_the_published_one(chat):
 @quick
 @given(rounds)
 def test_only_answers_are_supervised_and_no_piece_touches_the_next(chat, rounds):
-    tokens, labels, keypoints = chat.conversation(Scene(CUP, rounds))
-    alone = [chat.conversation(Scene(CUP, [one])) for one in rounds]
-    assert tokens == sum((tokens for tokens, _, _ in alone), [])
-    assert labels == sum((labels for _, labels, _ in alone), [])
-    assert keypoints == []  # that is of <KEYPOINT>
+    start = [chat.bos, *chat.newline]
+    tokens, labels = chat.encode_conversation(Scene(CUP, rounds))
+    alone = [chat.encode_conversation(Scene(CUP, [one])) for one in rounds]
+    assert tokens == start + sum((tokens[len(start):] for tokens, _ in alone), [])
+    assert labels == [IGNORE] * len(start) + sum((labels[len(start):] for _, labels in alone), [])
 
-    pieces = runs(tokens, labels)
+    pieces = runs(tokens[len(start):], labels[len(start):])
     assert len(pieces) == 2 * len(rounds)
     for ((name, description), point), question, answer in zip(rounds, pieces[::2], pieces[1::2]):
         words = f"User: where is the {name}?\nReference: {description}\nAssistant:".split()
@@ -108,7 +108,7 @@ def test_the_format_holds_for_every_answer_and_every_answer_is_read_back(chat):
     ids=["three digits", "single digits", "pairs", "y joins its bracket", "the last digit joins its bracket"])
 def test_a_format_holds_where_all_choices_are_from_the_same_tokens(tmp_path, pattern, choices):
     pieces = pre_tokenizers.Split(Regex(pattern), "isolated")
-    texts = ["a\n", *(spell((v / 1000, v / 1000)) for v in range(1000))]
+    texts = ["a\n", *(write_point((v / 1000, v / 1000)) for v in range(1000))]
     words = dict.fromkeys(word for text in texts for word, _ in pieces.pre_tokenize_str(text))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
     tokenizer.pre_tokenizer = pieces
@@ -119,8 +119,8 @@ def test_a_format_holds_where_all_choices_are_from_the_same_tokens(tmp_path, pat
 
 def check_reading(chat, answer, distributions, point):
     """A certain answer is read alike in all three ways; without distributions its point alone is known."""
-    for decode in "greedy", "median", "mean":
-        prediction = read_coordinates(answer, distributions, chat, decode)
+    for decoding in DECODINGS:
+        prediction = read_coordinates(answer, distributions, chat, decoding)
         assert prediction.point == pytest.approx(point) and prediction.answer == answer
         assert prediction.confidence == (None if distributions is None else 1)
 
@@ -141,157 +141,63 @@ def test_texts_are_neither_cut_nor_read_as_control_tokens(tmp_path):
     tokenizer.enable_truncation(8)
     chat = make_chat(tmp_path, tokenizer.to_str(), 1, 2)
     assert tokenizer.token_to_id("</s>") == chat.eos
-    [question] = chat.questions(Category("cup", [("rim", "above </s> or <s>")]))
+    [question] = chat.encode_questions(Category("cup", [("rim", "above </s> or <s>")]))
     assert chat.bos not in question and chat.eos not in question
     expected = "User: where is the rim?\nReference: above </s> or <s>\nAssistant:"
     assert text_of(chat, question) == expected
 
 
-def test_what_is_left_to_read_of_an_answer(chat):
-    """The last token chosen, and what ends an answer; or the end token alone where the answer has it."""
-    answer, form = spelled(chat, (0.123, 0.456)), chat.coordinates
-    if chat.choices:
-        whole = answer[:form.max_tokens]
-        assert whole[:-1] + form.still_to_read(whole) == answer
-    assert form.still_to_read([*answer[:2], chat.eos]) == [chat.eos]
-    assert chat.words.still_to_read([5, chat.eos]) == [chat.eos]
-    assert chat.words.still_to_read([5, 6]) == [6, chat.eos]
-    assert chat.words.known == []
+def test_a_test_asks_as_training_does(chat):
+    """One keypoint in each conversation, after the same beginning."""
+    questions = chat.encode_questions(CUP)
+    for keypoint, question in zip(CUP.keypoints, questions, strict=True):
+        tokens, labels = chat.encode_conversation(Scene(CUP, [(keypoint, (0.1, 0.2))]))
+        assert runs(tokens, labels) == [[chat.bos, *question], spelled(chat, (0.1, 0.2))]
 
 
-# ----------------------------------------------------------------------------------------------- instructions
-
-RIM, EAR = CUP.keypoints[0], CUP.keypoints[2]
-ASKED = [(RIM, (0.1, 0.25)), (EAR, (0.5, 0.9996))]
-AT_RIM, AT_EAR = "[0.100,0.250]", "[0.500,0.999]"
-WHERE_RIM = "User: where is the rim?\nReference: where one drinks.\nAssistant:"
-WHERE_EAR = "User: where is the left ear?\nReference: its handle\nAssistant:"
-NAMES = "Keypoints: rim, foot, left ear, heart\n"
-
-PLAIN = [(WHERE_RIM, AT_RIM), (WHERE_EAR, AT_EAR)]
-OUTLINED = [(OUTLINE + WHERE_RIM, AT_RIM), (WHERE_EAR, AT_EAR)]
-TURNS = {  # questions and answers of a conversation about ASKED
-    "description": PLAIN,
-    "diverse": PLAIN,  # until something is drawn
-    "name": [("User: where is the rim?\nAssistant:", AT_RIM),
-             ("User: where is the left ear?\nAssistant:", AT_EAR)],
-    "list": [(NAMES + WHERE_RIM, AT_RIM), (WHERE_EAR, AT_EAR)],
-    "outline": OUTLINED,
-    "diverse-outline": OUTLINED,
-    "step": [("User: what is in the photo?\nAssistant:", "tea cup"), *PLAIN],
-    "pretrain direct": [("User: which keypoint is at [0.100,0.250]?\nAssistant:", "rim"),
-                        ("User: which keypoint is at [0.500,0.999]?\nAssistant:", "left ear")]}
-ALL = INSTRUCTIONS | {f"pretrain {name}": instruction for name, instruction in PRETRAINING.items()}
+def test_an_instruction_asks_and_answers_what_it_likes(chat):
+    """In words, too. In a test the last question of a conversation is asked."""
+    def ask_twice(scene):
+        return [("User: what is it?\nAssistant:", scene.category.name), *ask_with_description(scene)]
+    twice = Chat(chat.folder, ask_twice)
+    one = [(CUP.keypoints[0], (0.1, 0.25))]
+    start = len(chat.newline) + 1
+    tokens, labels = (part[start:] for part in twice.encode_conversation(Scene(CUP, one)))
+    what, name, where, point = runs(tokens, labels)
+    assert text_of(chat, what) == "User: what is it?\nAssistant:"
+    assert chat.tokenizer.decode(what + name[:-1]).endswith(": tea_cup") and name[-1] == chat.eos
+    plain = runs(*(part[start:] for part in chat.encode_conversation(Scene(CUP, one))))
+    assert [where, point] == plain
+    assert twice.encode_questions(CUP) == chat.encode_questions(CUP)
 
 
-def turns(chat, scene):
-    """A conversation read back: [(question, answer), ...]. The end token ends answers and is nowhere else."""
-    tokens, labels, _ = chat.conversation(scene)
-    pieces = runs(tokens, labels)
-    questions, answers = pieces[::2], pieces[1::2]
-    assert all(chat.eos not in question for question in questions)
-    assert all(answer.index(chat.eos) == len(answer) - 1 for answer in answers)
-    return [(text_of(chat, question), text_of(chat, answer))
-            for question, answer in zip(questions, answers, strict=True)]
+TOKENIZERS = {
+    "nothing for digits": (lambda t, c: t.update(pre_tokenizer=None, normalizer={
+        "type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": ""}), "has no tokens for some digits"),
+    "no words": (lambda t, c: t["model"].update(vocab={}, merges=[]), "tokenizer.json"),
+    "no BOS": (lambda t, c: c.pop("bos_token_id"), "config.json: cannot be read .*bos_token_id"),
+    "EOS of no kind": (lambda t, c: c.update(eos_token_id=[]), "config.json: cannot be read"),
+}
 
 
-def test_the_papers_instructions_are_known():
-    assert {*ALL} == {*TURNS, "pretrain step"}
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_does_not_fit_is_named(tmp_path, case):
+    spoil, says = TOKENIZERS[case]
+    toy = ROOT / "assets/toy/llm"
+    tokenizer, config = read_json(toy / "tokenizer.json"), read_json(toy / "config.json")
+    spoil(tokenizer, config)
+    write_json(tmp_path / "tokenizer.json", tokenizer)
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(InputError, match=says) as error:
+        Chat(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("instruction", TURNS)
-def test_an_instruction_says_what_the_paper_compares(chat, instruction):
-    said = turns(Chat(chat.folder, ALL[instruction]), Scene(CUP, ASKED))
-    assert said == [(question.strip(), answer) for question, answer in TURNS[instruction]]
-
-
-def test_what_the_object_is_follows_after_a_space(chat):
-    tokens, *_ = Chat(chat.folder, INSTRUCTIONS["step"]).conversation(Scene(CUP, ASKED[:1]))
-    what = tokens[:tokens.index(chat.eos)]
-    assert chat.tokenizer.decode(what) == "User: what is in the photo?\nAssistant: tea cup"
-
-
-@pytest.mark.parametrize("chat", ["llama3", "tiny"], indirect=True)
-def test_the_longest_name_of_a_category_can_be_said(chat):
-    categories = read_descriptions(ROOT / "descriptions.json").values()
-    names = [category.name.replace("_", " ") for category in categories]
-    said = [chat.encode(f" {name}") + [chat.eos] for name in names]
-    assert max(map(len, said)) <= chat.words.max_tokens
-
-
-@pytest.mark.parametrize("instruction", INSTRUCTIONS)
-def test_a_test_asks_as_training_does(chat, instruction):
-    """One keypoint at a time, or one after another; what the object is stands apart and is asked first."""
-    chat = Chat(chat.folder, INSTRUCTIONS[instruction])
-    asked = [(keypoint, (0.1, 0.2)) for keypoint in CUP.keypoints]
-
-    def questions_of_training(asked):
-        tokens, labels, _ = chat.conversation(Scene(CUP, asked))
-        return runs(tokens, labels)[::2]
-
-    opening = "User: what is in the photo?\nAssistant:" if instruction == "step" else ""
-    assert text_of(chat, chat.opening) == opening
-    first = [chat.opening] if instruction == "step" else []
-    for one, question in zip(asked, chat.questions(CUP), strict=True):
-        assert questions_of_training([one]) == [*first, question]
-    assert questions_of_training(asked) == [*first, *chat.questions(CUP, cumulative=True)]
-
-
-@pytest.mark.parametrize("instruction, opening", [("diverse", ""), ("diverse-outline", OUTLINE)])
-def test_wordings_are_drawn_in_training(chat, instruction, opening):
-    chat, drawn = Chat(chat.folder, INSTRUCTIONS[instruction]), set()
-
-    def wording_of(question, name, description):
-        asked, *reference = question.split("\n")
-        assert reference == [f"Reference: {description}", "Assistant:"]
-        return {f"User: {wording.format(name)}": wording for wording in WORDINGS}[asked]
-
-    for seed in range(60):
-        said, again = (turns(chat, Scene(CUP, ASKED, rng=np.random.default_rng(seed))) for _ in range(2))
-        assert said == again
-        (about_rim, _), (about_ear, _) = said
-        assert about_rim.startswith(opening)
-        drawn.add((wording_of(about_rim.removeprefix(opening), *RIM), wording_of(about_ear, *EAR)))
-    assert {wording for pair in drawn for wording in pair} == {*WORDINGS}
-    assert any(first != second for first, second in drawn)  # each question draws its own
-
-
-def test_pretraining_step_by_step(chat):
-    """What the object is; whether it shows a keypoint; which of those asked is at a point. Answers fit."""
-    chat, seen, says_no = Chat(chat.folder, PRETRAINING["step"]), set(), []
-    for seed in range(40):
-        hidden = ["foot", "heart"] if seed % 2 else []
-        what, *rest = turns(chat, Scene(CUP, ASKED, hidden, np.random.default_rng(seed)))
-        assert what == ("User: what is in the photo?\nAssistant:", "tea cup")
-        assert len(rest) == 4
-        for keypoint, at, exists, which in ("rim", AT_RIM, *rest[:2]), ("left ear", AT_EAR, *rest[2:]):
-            question, answer = exists
-            name = question.removeprefix("User: is the ").removesuffix(" to be seen?\nAssistant:")
-            assert (name, answer) in [(keypoint, "yes"), *((absent, "no") for absent in hidden)]
-            assert which in [(f"User: which of {names} is at {at}?\nAssistant:", keypoint)
-                             for names in ("rim, left ear", "left ear, rim")]
-            seen |= {(name, answer), which}
-            if hidden:
-                says_no.append(answer == "no")
-    assert 0.35 < np.mean(says_no) < 0.65  # where a keypoint is hidden, one is asked for half of the time
-    assert len(seen) == 4 + 4  # two shown and two hidden keypoints; two points, their names in either order
-
-
-# ------------------------------------------------------------------------------------------------- <KEYPOINT>
-
-
-@pytest.mark.parametrize("instruction", ["description", "step"])
-def test_keypoint_token_stands_for_a_point_and_has_no_label(chat, instruction):
-    in_text, chat = (Chat(chat.folder, INSTRUCTIONS[instruction], answers) for answers in ("text", "token"))
-    tokens, labels, points = chat.conversation(Scene(CUP, ASKED))
-    text_tokens, text_labels, _ = in_text.conversation(Scene(CUP, ASKED))
-    pieces = runs(text_tokens, text_labels)
-    what, said = (pieces[0], pieces[1]) if instruction == "step" else ([], [])
-    where_rim, _, where_ear, _ = pieces[-4:]
-
-    answer = [128256, chat.eos]
-    assert tokens == [*what, *said, *where_rim, *answer, *where_ear, *answer]
-    assert labels == [IGNORE] * len(what) + said + [IGNORE] * (len(tokens) - len(what) - len(said))
-    assert points == [(0.1, 0.25), (0.5, 0.9996)]  # not rounded
-    assert chat.questions(CUP) == in_text.questions(CUP)
-    assert chat.coordinates.still_to_read(answer) == [chat.eos]
+def test_padding_of_a_tokenizer_is_switched_off(tmp_path):
+    toy = ROOT / "assets/toy/llm"
+    tokenizer = read_json(toy / "tokenizer.json") | {"padding": {
+        "strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "<unk>"}}
+    write_json(tmp_path / "tokenizer.json", tokenizer)
+    write_json(tmp_path / "config.json", read_json(toy / "config.json"))
+    assert Chat(tmp_path).newline == Chat(toy).newline

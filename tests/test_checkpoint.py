@@ -28,7 +28,7 @@ import common
 import train
 from checkpoint import lock_folder
 from common import InputError, Stop
-from log import Log, draw_panel, read_log
+from log import Log, read_log
 
 
 @pytest.fixture
@@ -268,18 +268,8 @@ def test_the_log_holds_every_step_and_the_curve_is_drawn(arguments, tmp_path):
         assert curve.size == (900, 400) and len(curve.convert("RGB").getcolors(10**6)) > 4
 
 
-def test_a_curve_shows_the_validation_and_needs_but_one_step(tmp_path, monkeypatch):
-    drawn = []
-
-    def note(title, curves, last_step):
-        drawn.append((title, curves[-1]))
-        return draw_panel(title, curves, last_step)
-    monkeypatch.setattr("log.draw_panel", note)
+def test_a_log_begins_where_the_run_resumes(tmp_path):
     log = Log(tmp_path, 0)
     log.write(step=1, loss=1.5, lr=0.0)
     log.write(step=1, **{"PCK@0.2": 0.5, "objects": 3})
-    log.draw()
-    with Image.open(tmp_path / "curve.png") as curve:
-        assert curve.size == (900, 600)
-    assert drawn[-1] == ("PCK@0.2 of the validation, in %", [(1, 50)])
     assert Log(tmp_path, 1).series("PCK@0.2") == [(1, 0.5)] and Log(tmp_path, 0).lines == []

@@ -4,17 +4,20 @@ The model finds a keypoint by these texts alone, so a wrong one is a wrong label
 machine, their claims can: the tests read them out of the texts and hold them against the benchmark's mean
 layouts and its single annotations. The subject of a claim is always the keypoint described. The grammar:
 
-    above N              below N              nearest to N, closest to N
-    to the left of N     to the right of N    between A and B
+    above N                       below N                        nearest to N, closest to N
+    to the wearer's left of N     to the wearer's right of N     between A and B
+                                                                 with A and B on either side
 
-N, A and B are exact names of other keypoints, with or without "the". "Above and to the left of N" makes two
-claims, and so does "above N and M". Any other relation, such as "beside N" or "joined to N", makes none.
+N, A and B are exact names of other keypoints, with or without "the". The wearer may be an animal or another
+subject. "Above and to the wearer's left of N" makes two claims, and so does "above N and M". Any other
+relation, such as "beside N" or "joined to N", makes none. Above and below are the viewer's. Left and right
+are the subject's, which from the front are the other way round. So every left and right says whose it is.
 """
 
 import gzip
 import json
 import re
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import numpy as np
 import pytest
@@ -44,30 +47,44 @@ def names_of(keypoints):
 
 Claim = namedtuple("Claim", "kind subject others")
 KINDS = {"above": "above", "below": "below", "nearest to": "nearest", "closest to": "nearest",
-         "between": "between", "to the left of": "left", "to the right of": "right"}
-RELATION = "|".join(KINDS)
-RELATIONS = rf"(?:{RELATION})(?:,? (?:and|but)(?: \w+)? (?:{RELATION}))*"  # "above and to the left of"
+         "between": "between", "left of": "left", "right of": "right"}
+RELATION = r"above|below|nearest to|closest to|between|to (?:the|that) \w+'s (?:left|right) of"
+# "above and to the wearer's left of"
+RELATIONS = rf"(?:{RELATION})(?:,? (?:and|but)(?: \w+)? (?:{RELATION}))*"
 NAME = r"(?:both )?(?:the )?<\d+>"
 LAST_NAME = rf"{NAME}(?! (?:is|are|lies|sits)\b)"  # "above the nose, and the chin is ..." claims one thing
 NAMES = rf"{NAME}(?:(?:,? {NAME})*,? and {LAST_NAME})?"  # "the nose, the chin and the left eye"
 CLAIMS = re.compile(rf"\b({RELATIONS}) ({NAMES})")
+EITHER_SIDE = re.compile(rf"\bwith ({NAME} and {NAME}) on either side\b")
+WHOSE = re.compile(r"'s (?:own )?(?:left|right)\b|\b(?:left|right)(?: \w+)? of (?:someone|a person)\b")
 
 
 def numbers_in(text):
     return tuple(map(int, re.findall(r"<(\d+)>", text)))
 
 
-def read_claims(text, names, subject):
-    """-> claims, indices of the keypoints mentioned, relations that are followed by no name of the set."""
+def number_names(text, names):
+    """-> the text in lower case, with numbers for names: "above the left eye" -> "above the <1>"."""
     longest_first = sorted(names, key=len, reverse=True)  # so that no name is found inside a longer one
     pattern = r"(?<![\w-])(" + "|".join(map(re.escape, longest_first)) + r")(?![\w-])"
-    # "above the left eye" -> "above the <1>"
-    text = re.sub(pattern, lambda m: f"<{names.index(m[1])}>", text.lower())
-    claims, understood = [], []
+    return re.sub(pattern, lambda m: f"<{names.index(m[1])}>", text.lower())
+
+
+def sides_in(text, names):
+    """How often a text says left or right outside of names, and how often it says whose that is."""
+    text = number_names(text, names)
+    return len(re.findall(r"\b(?:left|right)\b", text)), len(WHOSE.findall(text))
+
+
+def read_claims(text, names, subject):
+    """-> claims, indices of the keypoints mentioned, relations that are followed by no name of the set."""
+    text = number_names(text, names)
+    claims = [Claim("either side", subject, numbers_in(match[1])) for match in EITHER_SIDE.finditer(text)]
+    understood = []
     for match in CLAIMS.finditer(text):
         numbers = numbers_in(match[2])
         for relation in re.findall(RELATION, match[1]):
-            kind = KINDS[relation]
+            kind = KINDS[" ".join(relation.split()[-2:])]
             others = {"between": [numbers[:2]], "nearest": [numbers[:1]]}.get(kind, [(n,) for n in numbers])
             claims += [Claim(kind, subject, o) for o in others]
         understood.append(range(*match.span()))
@@ -100,6 +117,9 @@ def holds(claim, points, own_left, seen=True, tie=1.05):
         return (s - n) @ own_left > 0
     if claim.kind == "right":
         return (s - n) @ own_left < 0
+    if claim.kind == "either side":
+        m = points[..., claim.others[1], :]
+        return ((s - n) @ own_left) * ((s - m) @ own_left) < 0
     if claim.kind == "between":
         return ((n - s) * (points[..., claim.others[1], :] - s)).sum(-1) < 0
     distance = np.linalg.norm(points - s[..., None, :], axis=-1)
@@ -198,6 +218,25 @@ def test_descriptions_are_short_and_mention_others_by_name():
     assert not problems, "\n".join(problems)
 
 
+def test_left_and_right_say_whose():
+    """Outside of names each is somebody's, and a keypoint named left or right says whose side it is on."""
+    problems = []
+    for set_name, keypoints in SETS.items():
+        names = names_of(keypoints)
+        for keypoint in keypoints:
+            said, owned = sides_in(keypoint["description"], names)
+            has_side = mirrored(keypoint["name"]) != keypoint["name"]
+            if said != owned or has_side and not owned:
+                problems.append(f"{set_name}, {keypoint['name']}: {keypoint['description']}")
+    assert not problems, "\n".join(problems)
+
+
+def test_nothing_is_commanded():
+    for set_name, keypoints in SETS.items():
+        for keypoint in keypoints:
+            assert not re.search(r"\b(look|see|find|follow)\b", keypoint["description"].lower()), set_name
+
+
 def test_left_and_right_are_mirror_images():
     for set_name, keypoints in SETS.items():
         sided = {k["name"]: k["description"].lower() for k in keypoints if mirrored(k["name"]) != k["name"]}
@@ -236,7 +275,7 @@ def test_questions_are_short(shared, tmp_path):
     lengths = {}
     for set_name, keypoints in SETS.items():
         category = Category(set_name, [(k["name"], k["description"]) for k in keypoints])
-        for name, question in zip(names_of(keypoints), chat.questions(category), strict=True):
+        for name, question in zip(names_of(keypoints), chat.encode_questions(category), strict=True):
             lengths[set_name, name] = len(question)
     longest = max(lengths, key=lengths.get)
     print(f"question tokens: mean {np.mean([*lengths.values()]):.1f}, max {lengths[longest]} {longest}")
@@ -295,10 +334,24 @@ def test_claims_are_true(geometry):
     assert not failed
 
 
+def test_tables_begin_most_often_where_the_texts_say(geometry):
+    """Far are the two highest corners of the top, near the two others."""
+    places = Counter()
+    for top in geometry["table"].points[:, :4]:
+        by_height = top[:, 1].argsort()
+        for distance, pair in ("far", by_height[:2]), ("near", by_height[2:]):
+            for side, corner in zip(("left", "right"), pair[top[pair, 0].argsort()]):
+                places[corner, f"most often the {distance} one on the viewer's {side}"] += 1
+    for corner in range(4):
+        place, count = max((p for p in places.items() if p[0][0] == corner), key=lambda p: p[1])
+        assert count > 50  # of 100
+        for keypoint in TEXTS["keypoint_sets"]["table"][corner::4]:  # the corner and its leg
+            assert place[1] in keypoint["description"]
+
+
 @pytest.mark.parametrize("falsify, kinds", [
     (lambda keypoints, i: swap(keypoints[i]["description"], "above", "below"), ("above", "below")),
-    (lambda keypoints, i: swap(keypoints[i]["description"], "to the left of", "to the right of"),
-     ("left", "right")),
+    (lambda keypoints, i: swap(keypoints[i]["description"], "'s left of", "'s right of"), ("left", "right")),
     (lambda keypoints, i: keypoints[i - 3]["description"], ("between", "nearest")),
 ], ids=["up for down", "left for right", "another's text"])
 def test_false_texts_are_found_out(geometry, falsify, kinds):
@@ -322,10 +375,12 @@ OWN_LEFT = np.array([1, 0])
 @pytest.mark.parametrize("text, expected", [
     ("Well below both the left eye and the right eye, on the bone.", [("below", 0), ("below", 1)]),
     ("Just above the nose, and the left eye is elsewhere.", [("above", 4)]),
-    ("Above and to the left of the nose, and below the left eyebrow.",
+    ("Above and to the person's left of the nose, and below the left eyebrow.",
      [("above", 4), ("left", 4), ("below", 3)]),
-    ("To the right of the left eyebrow, nearest to the inner left eye corner.",
+    ("To that person's right of the left eyebrow, nearest to the inner left eye corner.",
      [("right", 3), ("nearest", 2)]),
+    ("Above the chin, with the left eye and the right eye on either side.",
+     [("above", 5), ("either side", 0, 1)]),
     ("Closest to the chin, between the left eye and nose.", [("nearest", 5), ("between", 0, 4)]),
     ("Beside the left eye, joined to the nose.", []),
 ])
@@ -333,6 +388,16 @@ def test_reader_finds_claims(text, expected):
     claims, _, loose = read_claims(text, FACE, subject=9)
     assert sorted(claims) == sorted(Claim(kind, 9, tuple(others)) for kind, *others in expected)
     assert not loose
+
+
+@pytest.mark.parametrize("text, said, owned", [
+    ("The eye on the person's own left, to the person's left of the nose.", 2, 2),
+    ("Below the left eyebrow, by the right elbow of someone lying down.", 1, 1),
+    ("To the left of the nose, above the left eye.", 1, 0),
+    ("The person's own eye, on the right.", 1, 0),
+])
+def test_reader_counts_sides_and_whose_they_are(text, said, owned):
+    assert sides_in(text, FACE) == (said, owned)
 
 
 def test_reader_takes_exact_names_only():
@@ -346,7 +411,9 @@ def test_reader_takes_exact_names_only():
 @pytest.mark.parametrize("subject, true, false", [
     ("nose", "above the chin", "above the left eye"),
     ("nose", "below the left eye", "below the chin"),
-    ("left eye", "to the left of the nose", "to the right of the nose"),
+    ("left eye", "to the person's left of the nose", "to the person's right of the nose"),
+    ("nose", "with the left eye and the right eye on either side",
+     "with the left eye and the inner left eye corner on either side"),
     ("nose", "between the left eye and the right eye", "between the left eye and the inner left eye corner"),
     ("left eye", "nearest to the inner left eye corner", "nearest to the left eyebrow"),
 ])

@@ -1,4 +1,4 @@
-"""draw.py and labels.py: marks where the points are, names that are readable and apart, sheets."""
+"""tools/draw.py: marks where the points are, names that are readable and apart, sheets."""
 
 import colorsys
 import math
@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from mp100 import make_wagons_and_kites
 from PIL import Image
 
-import draw
-import labels
 from annotations import read_descriptions, read_instances
 from chat import Category
+from tools import draw
 
 GRAY, WHITE = (128, 128, 128), (255, 255, 255)
 PHOTO, BOX = Image.new("RGB", (200, 100), GRAY), (20, 10, 110, 60)
@@ -46,7 +45,7 @@ def test_marks_are_where_the_points_are_in_their_colours():
     predicted, annotated = [(30, 20), None, (150, 90), (120, 20)], [None, (80, 30), (190, 70), None]
     picture = draw.draw_points(PHOTO, BOX, category("a", "b", "c", "d", skeleton=[(0, 3), (1, 2)]), predicted,
                                annotated, [0.9, None, 0.5, 0.3], size=800)
-    a, b, c, d = labels.make_palette("abcd")
+    a, b, c, d = draw.make_palette("abcd")
     radius = 200 / 130  # of a dot, in pixels of the photo; a ring is 1.6 times larger
     expected = {
         "a's dot": ((30, 20), a),
@@ -65,6 +64,20 @@ def test_marks_are_where_the_points_are_in_their_colours():
     for (what, (_, colour)), found in zip(expected.items(), colours_of(
             picture, [place for place, _ in expected.values()])):
         assert_close(found, colour, what)
+
+
+def test_a_point_is_hollow_below_the_threshold(monkeypatch):
+    seen, assemble = [], draw.assemble
+    monkeypatch.setattr(draw, "assemble", lambda *args: seen.append(args) or assemble(*args))
+    for threshold, hollow in (0.5, [True, False, False, False]), (0.75, [True, True, False, False]):
+        draw.draw_points(PHOTO, BOX, category("a", "b", "c", "d"), [(30, 20), (80, 30), (90, 60), None],
+                         confidence=[0.49, 0.5, None, 0.1], size=400, threshold=threshold)
+        _, marks, texts, *_ = seen.pop()
+        assert [mark.hollow for mark in marks] == hollow
+        assert [letters for _, letters, *_ in texts][-2:] == [
+            f"hollow: confidence below {threshold:g}", "no answer: d"]
+    draw.draw_points(PHOTO, BOX, category("a"), [(30, 20)], confidence=[0.9], size=400)
+    assert [letters for _, letters, *_ in seen.pop()[2]] == ["a"]
 
 
 @pytest.mark.parametrize("shade", [0, 60, 200, 255])
@@ -147,35 +160,35 @@ def test_no_name_makes_it_fail(names, sure):
 
 def test_names_are_readable():
     def spell(name):
-        return labels.spell_name(name, 4, 20, 300)
+        return draw.make_name(name, 4, 20, 300)
     assert spell("left\n eye") == "left eye"
     assert [spell(name) for name in ("", " ", "\ud800", "\U0010fff0")] == ["keypoint 5"] * 4
-    assert labels.choose_font("a\U0010fff0b", 20)[1] == "a?b"
-    long = spell("w" * 200)
-    assert long.endswith("w…") and 280 < labels.choose_font(long, 20)[0].getlength(long) <= 300
-    assert labels.wrap("one two three", 20, labels.choose_font("one two", 20)[0].getlength("one two")) == [
+    assert draw.choose_font("a\U0010fff0b", 20)[1] == "a?b"
+    for long in spell("word " * 50), spell("nnn" * 50):
+        assert long.endswith("…") and 220 < draw.choose_font(long, 20)[0].getlength(long) < 360
+    assert draw.wrap("one two three", 20, draw.choose_font("one two", 20)[0].getlength("one two")) == [
         "one two", "three"]
 
 
 def test_a_system_font_is_taken_for_letters_that_pillows_own_lacks(monkeypatch):
     own, other = SimpleNamespace(letters="abc"), SimpleNamespace(letters="abé")
-    monkeypatch.setattr(labels, "find_fonts", lambda size: [own, other])
-    monkeypatch.setattr(labels, "has_letter", lambda font, letter: letter in font.letters)
+    monkeypatch.setattr(draw, "load_fonts", lambda size: [own, other])
+    monkeypatch.setattr(draw, "has_letter", lambda font, letter: letter in font.letters)
     for text, expected in {"ab": (own, "ab"), "é": (other, "é"), "bé": (other, "bé"), "cé": (own, "c?"),
                            "abé鼻": (other, "abé?")}.items():
-        assert labels.choose_font(text, 12) == expected
+        assert draw.choose_font(text, 12) == expected
 
 
 def test_left_is_warm_and_right_is_cold():
     parts = "eye", "hip", "knee", "foot"
     names = ["nose", *(f"{side} {part}" for part in parts for side in ("left", "right"))]
-    palette = labels.make_palette(names)
+    palette = draw.make_palette(names)
     assert len({*palette}) == 9
     for name, rgb in zip(names, palette):
         hue = colorsys.rgb_to_hsv(*rgb)[0]
         assert ("left" in name) == (hue > 0.85 or hue < 0.2), name
         assert ("right" in name) == (0.45 < hue < 0.8), name
-    many = labels.make_palette(["beak", "tail", "crown", "back", "left eye", "right eye"])  # few have a side
+    many = draw.make_palette(["beak", "tail", "crown", "back", "left eye", "right eye"])  # few have a side
     assert np.allclose(np.diff([colorsys.rgb_to_hsv(*rgb)[0] for rgb in many]), 1 / 6, atol=0.01)
 
 
@@ -193,7 +206,7 @@ def cross(a, b, c, d):
 @settings(max_examples=60, deadline=None)
 @given(PLACES)
 def test_leaders_do_not_cross_and_labels_do_not_overlap(places):
-    ends = labels.place_columns(places, -20, 1020, 40, 700)
+    ends = draw.place_columns(places, (-20, 1020), 40, 700)
     assert len(ends) == len(places) and {x for x, _ in ends} <= {-20, 1020}
     for (p, e), (q, f) in combinations(zip(places, ends), 2):
         assert e[0] != f[0] or abs(e[1] - f[1]) >= 40 - 1e-6
@@ -209,15 +222,15 @@ def test_leaders_do_not_cross_and_labels_do_not_overlap(places):
 
 def test_labels_are_as_high_as_their_points_if_there_is_room():
     places = [(100, 300), (200, 100), (900, 600)]
-    assert labels.place_columns(places, -20, 1020, 40, 700) == [(-20, 300), (-20, 100), (1020, 600)]
-    assert labels.place_column([(100, 300), (100, 310)], 500, 40, 700) == [(500, 285), (500, 325)]
-    crowd = labels.place_column([(100, y) for y in range(5)], 500, 40, 100)
+    assert draw.place_columns(places, (-20, 1020), 40, 700) == [(-20, 300), (-20, 100), (1020, 600)]
+    assert draw.place_column([(100, 300), (100, 310)], 500, 40, 700) == [(500, 285), (500, 325)]
+    crowd = draw.place_column([(100, y) for y in range(5)], 500, 40, 100)
     assert crowd == [(500, -30), (500, 10), (500, 50), (500, 90), (500, 130)]
 
 
 def test_numbers_are_beside_their_points_and_apart():
     places = [(100 + 25 * (k % 9), 100 + 40 * (k // 9)) for k in range(68)]
-    centres = labels.place_numbers(places, [(22, 16)] * 68, radius=7)
+    centres = draw.place_numbers(places, (22, 16))
     for k, ((x, y), (u, v)) in enumerate(zip(places, centres)):
         assert math.hypot(x - u, y - v) < 50
         for i, (p, q) in enumerate(centres):
@@ -239,7 +252,7 @@ def test_a_sheet_takes_turns_between_categories(tmp_path, monkeypatch):
     def draw_tile(photo, box, category, predicted, annotated, confidence):
         shown.append(SimpleNamespace(box=box, category=category, predicted=predicted, annotated=annotated,
                                      confidence=confidence))
-        return Image.new("RGB", (400, 100), "red"), []
+        return Image.new("RGB", (400, 100), "red")
     monkeypatch.setattr(draw, "draw_tile", draw_tile)
 
     instances = [*wagons, *kites]
@@ -248,7 +261,7 @@ def test_a_sheet_takes_turns_between_categories(tmp_path, monkeypatch):
     draw.draw_sheet(tmp_path / "sheet.png", instances, predicted, categories, data / "images", confidence,
                     n=4, width=800)
     expected = [0, 3, 1, 4]  # of instances
-    assert [tile.box for tile in shown] == [list(instances[i].box) for i in expected]
+    assert [tile.box for tile in shown] == [instances[i].box for i in expected]
     assert [tile.predicted for tile in shown] == [predicted[i] for i in expected]
     assert [tile.confidence for tile in shown] == [confidence[i] for i in expected]
     assert [tile.category.name for tile in shown] == ["wagon", "kite", "wagon", "kite"]
@@ -256,19 +269,22 @@ def test_a_sheet_takes_turns_between_categories(tmp_path, monkeypatch):
     assert hidden_in_102[1] is None and hidden_in_102[0] == tuple(wagons[1].keypoints[0])
 
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape[1] == 800  # two to a row
     red = (sheet == (255, 0, 0)).all(-1)
     assert red.sum() == 4 * 400 * 100  # no tile covers another
-    assert red[-200:].all()
+    assert red.sum(1).max() == 800 > sheet.shape[1] - 40  # two to a row
 
 
 @pytest.mark.parametrize("length, is_shown", [(5, True), (80, False)])
-def test_a_tile_shows_what_was_asked_if_it_fits(length, is_shown):
+def test_a_tile_shows_what_was_asked_if_it_fits(length, is_shown, monkeypatch):
+    seen, assemble = [], draw.assemble
+    monkeypatch.setattr(draw, "assemble", lambda *args: seen.append(args) or assemble(*args))
     asked = Category("ear thing", [(f"tip {k}", "word " * length) for k in range(4)])
     points = [(40 + 10 * k, 40) for k in range(4)]
-    tile, marks = draw.draw_tile(PHOTO, BOX, asked, points, points, [0.2] * 4)
+    tile = draw.draw_tile(PHOTO, BOX, asked, points, points, [0.2] * 4)
     assert (tile.width > 2 * 360 + 60) == is_shown
-    assert [mark.unsure for mark in marks] == [True] * 4
+    [(_, marks, texts, *_)] = seen
+    assert [mark.hollow for mark in marks] == [True] * 4
+    assert [letters for _, letters, *_ in texts].count("tip 2") == is_shown
     background = (np.array(tile) == 255).all(-1).mean()
     assert background < 0.5
 

@@ -1,4 +1,4 @@
-"""hiera.py against Transformers on tiny random checkpoints: image tokens, gradients, names, errors, LoRA."""
+"""paper/hiera.py against Transformers on random checkpoints: image tokens, gradients, names, errors, LoRA."""
 
 import functools
 import json
@@ -7,11 +7,10 @@ import pytest
 import torch
 from checkpoints import edit_config, edit_weights
 
-from common import InputError
-from hiera import Hiera, HieraConfig, order_by_unit, read_hiera_config, rename
 from llama import Llama, LlamaConfig
 from lora import add_lora, trainable_state
 from model import CapeLLM
+from paper.hiera import Hiera, HieraConfig, order_by_unit, read_config, rename
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,7 +49,7 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 def test_the_order_is_unit_by_unit_and_a_z_within():
-    """The picture at the top of hiera.py, and after each pooling the same picture of fewer tokens."""
+    """The picture at the top of paper/hiera.py, and after each pooling the same picture of fewer tokens."""
     order = order_by_unit(torch.arange(576).view(1, 576, 1), 3).flatten()  # 3 x 3 units: 24 x 24 patches
     places = order.argsort().view(24, 24)
     assert places[:4, :6].tolist() == [[0, 1, 4, 5, 16, 17],
@@ -126,7 +125,7 @@ def test_what_config_json_leaves_out_is_as_published(tmp_path):
 def test_the_defaults_are_hiera_large(tmp_path):
     large = transformers.HieraConfig(embed_dim=144, depths=[2, 6, 36, 4], num_heads=[2, 4, 8, 16])
     large.save_pretrained(tmp_path)
-    read = vars(read_hiera_config(tmp_path / "config.json"))
+    read = vars(read_config(tmp_path / "config.json"))
     read = {k: tuple(v) if isinstance(v, list) else v for k, v in read.items()}
     assert HieraConfig(**read) == HieraConfig()
 
@@ -173,28 +172,23 @@ def test_in_bf16_with_lora_it_serves_capellm(tmp_path):
 
 QKV, LATE = "encoder.stages.1.layers.0.attn.qkv.weight", "encoder.stages.2.layers.2.mlp.fc1.bias"
 UNPUBLISHED = dict(
-    patch_size=[4, 4], patch_stride=[8, 8], patch_padding=[0, 0], num_channels=1, hidden_act="relu",
-    embed_dim_multiplier=1.5, masked_unit_size=[16, 16], masked_unit_attention=[True, True, True, False],
-    num_query_pool=2, query_stride=[2, 1])
+    patch_stride=[8, 8], patch_padding=[0, 0], hidden_act="relu", masked_unit_size=[16, 16],
+    masked_unit_attention=[True, True, True, False], num_query_pool=2, query_stride=[2, 1])
 BROKEN = {  # what is done to the folder, and what the message must say
-    "missing qkv": (edit_weights(**{QKV: None}), ["model.safetensors: 3 tensors", "blocks.1.attn.k.weight"]),
-    "missing tensor of a late block": (
-        edit_weights(**{LATE: None}), ["model.safetensors: 1 tensors", "blocks.5.fc1.bias"]),
+    "missing qkv": (edit_weights(**{QKV: None}), ["Missing", *(f"blocks.1.attn.{x}.weight" for x in "qkv")]),
+    "missing tensor of a late block": (edit_weights(**{LATE: None}), ["Missing", "blocks.5.fc1.bias"]),
     "extra tensor": (
-        edit_weights(**{"encoder.norm.weight": torch.ones(64)}),
-        ["model.safetensors", "encoder.norm.weight"]),
-    "tensor with and without prefix": (
-        edit_weights(**{f"hiera.{QKV}": torch.ones(48, 8)}), [f"hiera.{QKV}"]),
-    "wrong shape": (edit_weights(**{QKV: torch.ones(48, 16)}), [QKV, "(16, 16)", "(16, 8)"]),
-    "wrong positions": (edit_config(image_size=[96, 96]), ["image size 64", "96 x 96"]),
-    "oblong photos": (edit_config(image_size=[64, 96]), ["image size 64", "64 x 96"]),
-    "blocks in other stages": (
-        edit_config(depths=[1, 3, 2, 1]), ["encoder.stages.2.layers.2", "(32,)", "(64,)"]),
-    "other network": (
-        edit_config(model_type="dinov2"), ["config.json: model_type is 'dinov2'", "'hiera'"]),
-    "no model_type": (edit_config(model_type=None), ["config.json: model_type is None", "'hiera'"]),
-    **{key: (edit_config(**{key: value}), [f"config.json: {key} is {value!r}"])
-       for key, value in UNPUBLISHED.items()},
+        edit_weights(**{"encoder.norm.weight": torch.ones(64)}), ["Unexpected", "encoder.norm.weight"]),
+    "wrong shape": (edit_weights(**{QKV: torch.ones(48, 16)}), ["blocks.1.attn.q", "[16, 16]", "[16, 8]"]),
+    "patches of another size": (
+        edit_weights(**{"embeddings.patch_embeddings.projection.weight": torch.ones(8, 3, 4, 4)}),
+        ["patch_embed.weight", "[8, 3, 4, 4]"]),
+    "wrong positions": (edit_config(image_size=[96, 96]), ["image size 64", "[96, 96]"]),
+    "oblong photos": (edit_config(image_size=[64, 96]), ["image size 64", "[64, 96]"]),
+    "blocks in other stages": (edit_config(depths=[1, 3, 2, 1]), ["Missing", "blocks.3.norm1.weight"]),
+    "other network": (edit_config(model_type="dinov2"), ["model_type is 'dinov2'", "'hiera'"]),
+    "no model_type": (edit_config(model_type=None), ["model_type is None", "'hiera'"]),
+    **{key: (edit_config(**{key: value}), [f"{key} is {value!r}"]) for key, value in UNPUBLISHED.items()},
 }
 
 
@@ -203,8 +197,6 @@ def test_the_loader_names_what_is_wrong(case, tmp_path):
     break_it, says = BROKEN[case]
     save_random(tmp_path, **TINY)
     break_it(tmp_path)
-    with pytest.raises(InputError) as error:
+    with pytest.raises((ValueError, RuntimeError)) as error:
         Hiera.load(tmp_path, 64)
-    message = str(error.value)
-    assert all(text in message for text in [str(tmp_path), *says]), message
-    assert "\n" not in message
+    assert all(text in str(error.value) for text in says), error.value

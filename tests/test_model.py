@@ -1,23 +1,19 @@
 """model.py: the assembled network against the authors' numbers, and the loss that trains it."""
 
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_parity
 from safetensors.torch import load_file
 
 from chat import IGNORE
-from decode import Conversations
-from model import CapeLLM, separate
 
 
 @pytest.fixture(scope="module")
 def authors(shared):
     """The authors' tiny network as ours, and their inputs and results."""
-    folder = shared / "parity" / "llama31"
-    expected = load_file(folder / "expected.safetensors")
-    model = CapeLLM.load(folder / "vit", folder / "llm").eval()
+    expected = load_file(shared / "parity/llama31/expected.safetensors")
+    model = load_parity(shared)
     with torch.no_grad():
         for name, p in trained(model).items():
             p.copy_(expected["param." + their_name(name)])
@@ -50,9 +46,8 @@ def gradients(model, loss):
 
 def test_logits_loss_and_gradients_equal_the_published_code(authors):
     model, expected = authors
-    image, text = model.see(expected["images"]), model.llama.embed_tokens(expected["tokens"])
-    torch.testing.assert_close(image, expected["image_tokens"], atol=1e-5, rtol=0)
-    logits = model.llama.lm_head(model.llama(torch.cat((text[:, :1], image, text[:, 1:]), dim=1)))
+    torch.testing.assert_close(model.see(expected["images"]), expected["image_tokens"], atol=1e-5, rtol=0)
+    logits = model.llama.lm_head(model.llama(model.join(expected["images"], expected["tokens"])))
     of_image = logits[:, [0, 64, 128, 192, 256]]
     torch.testing.assert_close(logits[:, 257:], expected["logits_text"], atol=1e-5, rtol=0)
     torch.testing.assert_close(of_image, expected["logits_image"], atol=1e-5, rtol=0)
@@ -68,21 +63,16 @@ def test_logits_loss_and_gradients_equal_the_published_code(authors):
         assert (p.grad - theirs).norm() <= 1e-4 * theirs.norm(), name
 
 
-@torch.no_grad()
-def test_greedy_tokens_equal_the_published_code(authors):
+def test_generated_tokens_equal_the_published_code(authors):
     model, expected = authors
-    prompt = expected["greedy_prompt"]
-    image, text = model.see(expected["images"]), model.llama.embed_tokens(prompt)
-    conversations = Conversations(model.llama, torch.cat((text[:, :1], image), dim=1))
-    blocks, said = prompt[:, 1:].tolist(), []
-    for _ in range(13):
-        hidden = conversations.read(blocks)
-        said.append(model.llama.lm_head(hidden[:, -1]).argmax(-1))
-        blocks = said[-1][:, None].tolist()
-    assert torch.equal(torch.stack(said, dim=1), expected["greedy_new"])
+    for image, prompt, theirs in zip(expected["images"], expected["greedy_prompt"], expected["greedy_new"]):
+        said = model.generate(image[None], prompt.tolist(), end=-1, max_tokens=13)
+        assert said == theirs.tolist()
+        end = said[5]
+        assert model.generate(image[None], prompt.tolist(), end, 13) == said[:said.index(end) + 1]
 
 
-# ---------------------------------------------------------------------------- batches, packing, checkpointing
+# ----------------------------------------------------------------------------------------------- rows of text
 
 
 def test_padding_and_batching_change_nothing(authors):
@@ -98,63 +88,49 @@ def test_padding_and_batching_change_nothing(authors):
     torch.testing.assert_close(both, (first + second) / 2, atol=1e-6, rtol=0)
 
 
-def test_packed_conversations_have_the_loss_and_gradients_of_separate_ones(authors):
+PHOTO_OF = torch.tensor([1, 0, 1])  # three conversations about two photos
+
+
+@pytest.fixture
+def conversations(authors):
+    """Tokens and labels of three conversations of different lengths, with 4, 9 and 7 labels."""
+    _, expected = authors
+    tokens, labels = expected["tokens"][0], expected["labels"][0]
+    parts = [0, 1, *range(14, 25)], [*range(30)], [0, 1, *range(30, 41)]
+    rows = [(F.pad(tokens[part], (0, 30 - len(part))), F.pad(labels[part], (0, 30 - len(part)), value=IGNORE))
+            for part in parts]
+    return tuple(map(torch.stack, zip(*rows)))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_conversations_behind_one_photo_have_the_loss_and_gradients_of_rows_of_their_own(
+        authors, conversations, checkpointed):
+    """Here each photo is read once; in a textbook, each conversation has a copy of it."""
     model, expected = authors
-    image, tokens, labels = expected["images"][:1], expected["tokens"][:1], expected["labels"][:1]
-    first, second = [0, 1, *range(2, 30)], [0, 1, *range(30, 41)]  # 8 and 7 labels; both begin BOS, "\n"
-    apart = [model(image, tokens[:, part], labels[:, part]) for part in (first, second)]
-    apart = sum(apart) / 2
-    apart_gradients = gradients(model, apart)
-
-    conversation = torch.tensor([[0, 0, *[1] * 28, *[2] * 11, *[0] * 3]])  # and padding
-    tokens, labels = F.pad(tokens[:, :41], (0, 3)), F.pad(labels[:, :41], (0, 3), value=IGNORE)
-    packed = model(image, tokens, labels, None, conversation)
-    assert packed.item() == pytest.approx(apart.item(), abs=1e-6)
-    for ours, theirs in zip(gradients(model, packed), apart_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
+    images, (tokens, labels) = expected["images"], conversations
+    apart = model(images[PHOTO_OF], tokens, labels)
+    want = gradients(model, apart)
+    model.llama.checkpoint_activations = checkpointed
+    together = model(images, tokens, labels, PHOTO_OF)
+    got = gradients(model, together)
+    model.llama.checkpoint_activations = False
+    torch.testing.assert_close(together, apart, atol=1e-6, rtol=0)
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_the_loss_is_averaged_over_conversations_wherever_they_are(authors):
-    """Row 0 packs two conversations, row 1 holds one: each has a third of the loss."""
+def test_each_conversation_has_the_same_share_of_the_loss(authors, conversations):
+    """However many labels it has, and whosever photo it shares; one without any has none."""
     model, expected = authors
-    images, tokens, labels = expected["images"], expected["tokens"][:, :41], expected["labels"][:, :41]
-    conversation = torch.tensor([[0, 0, *[1] * 28, *[2] * 11], [0, 0, *[1] * 39]])
-    parts = [(0, [*range(30)]), (0, [0, 1, *range(30, 41)]), (1, [*range(41)])]
+    images, (tokens, labels) = expected["images"], conversations
     with torch.no_grad():
-        together = model(images, tokens, labels, None, conversation)
-        alone = [model(images[[row]], tokens[[row]][:, part], labels[[row]][:, part]) for row, part in parts]
-    torch.testing.assert_close(together, sum(alone) / 3, atol=1e-6, rtol=0)
-
-
-def test_separate_is_the_picture_in_its_docstring():
-    words = [line.split() for line in separate.__doc__.splitlines()]
-    rows = [line[1:] for line in words if re.fullmatch("[x.]{8}", "".join(line[1:9]))]
-    picture = torch.tensor([[mark == "x" for mark in row[:8]] for row in rows])
-    numbers = [int(word) for row in rows for word in row[8:] if word.isdigit()]
-    assert picture.shape == (8, 8) and numbers == [4, 5, 4, 5]
-
-    positions, mask = separate(torch.tensor([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 0]]), N=2)
-    assert mask.shape == (2, 1, 8, 8) and mask.dtype == torch.bool
-    assert torch.equal(mask[0, 0], picture)
-    assert positions[0].tolist() == [0, 1, 2, 3, *numbers]
-    # One conversation and padding: what comes before the padding is plainly causal.
-    assert torch.equal(mask[1, 0, :7], torch.ones(7, 8).tril().bool())
-    assert positions[1, :7].tolist() == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_the_loss_of_a_network_in_bf16_is_fp32(shared):
-    """As on a GPU, where logits are bf16."""
-    folder = shared / "parity" / "llama31"
-    torch.manual_seed(0)
-    model = CapeLLM.load(folder / "vit", folder / "llm", image_size=56).eval()
-    images, tokens = torch.randn(2, 3, 56, 56), torch.randint(3, 512, (2, 20))
-    with torch.no_grad():
-        exact = model(images, tokens, tokens)
-        for p in model.parameters():
-            p.data = p.data if p.requires_grad else p.data.bfloat16()
-        rough = model(images, tokens, tokens)
-    assert rough.dtype == torch.float32
-    assert rough.item() == pytest.approx(exact.item(), rel=0.05)
+        alone = [model(images[[p]], tokens[[row]], labels[[row]]) for row, p in enumerate([1, 0, 1])]
+        nothing = torch.full_like(labels[:1], IGNORE)
+        for photos, photo_of in (images, PHOTO_OF), (images[PHOTO_OF], None):
+            together = model(photos, tokens, labels, photo_of)
+            torch.testing.assert_close(together, sum(alone) / 3, atol=1e-6, rtol=0)
+            two = model(photos, tokens, torch.cat((labels[:2], nothing)), photo_of)
+            torch.testing.assert_close(two, sum(alone[:2]) / 2, atol=1e-6, rtol=0)
 
 
 def test_checkpointing_activations_changes_no_gradient(authors):
@@ -167,114 +143,36 @@ def test_checkpointing_activations_changes_no_gradient(authors):
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_the_last_layer_and_the_logits_are_made_only_where_there_is_a_label(authors):
+def test_logits_are_made_only_where_there_is_a_label(authors):
     """The published network's loss and gradients above are those of this shorter computation."""
     model, expected = authors
-    *_, before, last = model.llama.layers
-    read, layers = {}, {"earlier": before.mlp, "o": last.self_attn.o_proj, "mlp": last.mlp,
-                        "norm": model.llama.norm, "logits": model.llama.lm_head}
-    hooks = [layer.register_forward_hook(
-        lambda _, args, __, name=name: read.update({name: args[0].shape[:-1].numel()}))
-        for name, layer in layers.items()]
+    rows, head = [], model.llama.lm_head
+    hook = head.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
     model(expected["images"], expected["tokens"], expected["labels"])
-    for hook in hooks:
-        hook.remove()
-    B, T = expected["tokens"].shape
-    n_labels = (expected["labels"] != IGNORE).sum()
-    assert read == {"earlier": B * (256 + T), **dict.fromkeys(("o", "mlp", "norm", "logits"), n_labels)}
+    hook.remove()
+    assert rows == [(expected["labels"] != IGNORE).sum()]
 
 
-# ------------------------------------------------------------------------------------------------- <KEYPOINT>
-
-KEYPOINT = 512  # the first token that the authors' toy network does not know
-
-
-@pytest.fixture
-def pointing(shared):
-    """A network that answers with <KEYPOINT>, two photos of 4 x 4 patches, and tokens without <KEYPOINT>."""
-    folder = shared / "parity" / "llama31"
-    torch.manual_seed(0)
-    model = CapeLLM.load(folder / "vit", folder / "llm", image_size=56, answers="token").eval()
-    return model, torch.randn(2, 3, 56, 56), torch.randint(3, KEYPOINT, (2, 20))
-
-
-def test_keypoint_token_is_new_and_embeddings_and_head_train(pointing, shared):
-    model, *_ = pointing
-    folder = shared / "parity" / "llama31"
-    usual = CapeLLM.load(folder / "vit", folder / "llm", image_size=56)
-    head = {f"keypoint_head.{layer}.{p}" for layer in (0, 2) for p in ("weight", "bias")}
-    assert trained(model).keys() == trained(usual).keys() | head | {"llama.embed_tokens.weight"}
-    new, old = model.llama.embed_tokens.weight, usual.llama.embed_tokens.weight
-    assert torch.equal(new[:KEYPOINT], old)
-    assert torch.allclose(new[KEYPOINT], old.mean(0))
-    assert len(new) == KEYPOINT + 1
-    assert new.dtype == torch.float32
-    assert torch.equal(model.llama.lm_head.weight, usual.llama.lm_head.weight)
-
-
-def test_loss_of_a_keypoint_token_is_its_distance_and_of_words_the_usual(pointing):
-    """Row 0: two points and two words; row 1: a word. By hand, from the hidden states of the sequence."""
-    model, images, tokens = pointing
-    tokens[0, [7, 15]] = KEYPOINT
-    labels = torch.full_like(tokens, IGNORE)
-    labels[0, 3:5], labels[1, 19] = tokens[0, 3:5], tokens[1, 19]
-    text, image = model.llama.embed_tokens(tokens), model.see(images)
-    hidden = model.llama(torch.cat((text[:, :1], image, text[:, 1:]), dim=1))
-    n = image.shape[1]
-
-    def word(row, t):
-        logits = model.llama.lm_head(hidden[row, n + t - 1])
-        return -logits.log_softmax(-1)[tokens[row, t]]
-
-    def distance(t, x, y):
-        return (model.keypoint_head(hidden[0, n + t]) - torch.tensor([x, y])).abs().mean()
-    row_0 = (word(0, 3) + word(0, 4) + distance(7, 0.12345, 0.456) + distance(15, 0, 0)) / 4
-    expected = (row_0 + word(1, 19)) / 2
-
-    loss = model(images, tokens, labels, torch.tensor([[0.12345, 0.456], [0, 0]]))
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+@pytest.mark.parametrize("photo_of", [None, PHOTO_OF])
+def test_the_loss_does_not_wait_for_the_device(shared, conversations, photo_of):
+    """On the device "meta" nothing is ever computed, so that whatever looked at a value would raise."""
+    model, (tokens, labels) = load_parity(shared, image_size=56).to("meta"), conversations
+    images = torch.empty(3 if photo_of is None else 2, 3, 56, 56, device="meta")
+    loss = model(images, tokens.to("meta"), labels, photo_of)
     loss.backward()
-    assert model.llama.embed_tokens.weight.grad[KEYPOINT].any()
-    assert all(p.grad.any() for p in model.keypoint_head.parameters())
+    assert loss.device.type == "meta" and all(p.grad is not None for p in trained(model).values())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model(images, tokens.to("meta"), labels.to("meta"), photo_of)
 
 
-def test_points_are_not_rounded(pointing):
-    model, images, tokens = pointing
-    tokens[:, 9] = KEYPOINT
-    labels = torch.full_like(tokens, IGNORE)
-
-    def loss(x):
-        return model(images, tokens, labels, torch.tensor([[x, 0.5], [0.5, 0.5]])).item()
-    # Of four coordinates one moves by 0.0004.
-    assert abs(loss(0.1234) - loss(0.1230)) == pytest.approx(0.0004 / 4, rel=0.01)
-
-
-def test_points_of_packed_conversations_weigh_as_those_of_separate_ones(pointing):
-    """The first has a point and three words, the second two points."""
-    model, images, tokens = pointing
-    tokens[0, [8, 12, 19]] = KEYPOINT
-    labels = torch.full_like(tokens, IGNORE)
-    labels[0, 3:6] = tokens[0, 3:6]
-    points = torch.tensor([[0.1, 0.2], [0.8, 0.3], [0.5, 0.9]])
-    first, second = [*range(10)], [0, 1, *range(10, 20)]
-
-    def alone(part, points):
-        return model(images[:1], tokens[:1, part], labels[:1, part], points)
-    apart = (alone(first, points[:1]) + alone(second, points[1:])) / 2
-    conversation = torch.tensor([[0, 0, *[1] * 8, *[2] * 10]])
-    packed = model(images[:1], tokens[:1], labels[:1], points, conversation)
-    torch.testing.assert_close(packed, apart, atol=1e-6, rtol=0)
-
-
-def test_keypoint_token_with_frozen_weights_in_bf16(pointing):
-    """As on a GPU, where what trains stays fp32."""
-    model, images, tokens = pointing
-    tokens[:, 9] = KEYPOINT
-    labels = torch.full_like(tokens, IGNORE)
-    points = torch.tensor([[0.25, 0.75], [0.25, 0.75]])
-    loss = model(images, tokens, labels, points)
-    for p in model.parameters():
-        p.data = p.data if p.requires_grad else p.data.bfloat16()
-    rough = model(images, tokens, labels, points)
+def test_the_loss_of_a_network_in_bf16_is_fp32(shared):
+    """As on a GPU, where logits are bf16."""
+    model = load_parity(shared, image_size=56)
+    images, tokens = torch.randn(2, 3, 56, 56), torch.randint(3, 512, (2, 20))
+    with torch.no_grad():
+        exact = model(images, tokens, tokens)
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.bfloat16()
+        rough = model(images, tokens, tokens)
     assert rough.dtype == torch.float32
-    assert rough.item() == pytest.approx(loss.item(), rel=0.05)
+    assert rough.item() == pytest.approx(exact.item(), rel=0.05)

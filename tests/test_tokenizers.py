@@ -9,10 +9,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA3_IDS, SPACE, make_chat, sentencepiece
-from test_decode import one_by_one
+from conftest import LLAMA3_IDS, SPACE, generate_all, make_chat, sentencepiece
 
-from chat import IGNORE, Category, Scene, spell
+from chat import IGNORE, Category, Scene, write_point
 from decode import locate
 from llama import Llama, LlamaConfig
 from model import CapeLLM
@@ -65,13 +64,18 @@ def spelled_by_hand(chat, x, y):
 
 def spelled(chat, point):
     """The tokens of an answer as Chat makes them, the end token among them."""
-    return chat.encode(spell(point)) + [chat.eos]
+    return chat.encode(write_point(point)) + [chat.eos]
+
+
+def questions_of(chat, category):
+    """Tokens of the questions about a category's keypoints, without the "\\n" before them."""
+    return [question[len(chat.newline):] for question in chat.encode_questions(category)]
 
 
 def test_pieces_are_the_text_with_no_space_or_special_token_added(chat):
     assert (chat.bos, chat.eos) in [(128000, 128001), (1, 2)]
     assert chat.newline == ids_of(chat, chat.kind.newline)
-    for (name, description), question in zip(THING.keypoints, chat.questions(THING), strict=True):
+    for (name, description), question in zip(THING.keypoints, questions_of(chat, THING), strict=True):
         text = f"User: where is the {name}?\nReference: {description}\nAssistant: [0.123,0.456]"
         *tokens, end = question + spelled(chat, (0.123, 0.456))
         assert chat.tokenizer.decode(tokens, skip_special_tokens=False) == text
@@ -115,7 +119,8 @@ def test_numbers_are_rounded_and_kept_within_the_crop(chat):
 
 
 def test_labels_are_the_answers_with_one_end_token_each(chat):
-    asked, tokens, labels, text = [], [], [], ""
+    asked, tokens, text = [], [chat.bos, *chat.newline], ""
+    labels = [IGNORE] * len(tokens)
     numbers = ("250", "000"), ("999", "500"), ("007", "120"), ("314", "159")
     for keypoint, (x, y) in zip(THING.keypoints * 2, numbers):
         asked.append((keypoint, (float(f"0.{x}"), float(f"0.{y}"))))
@@ -125,7 +130,7 @@ def test_labels_are_the_answers_with_one_end_token_each(chat):
         tokens += question + answer
         labels += [IGNORE] * len(question) + answer
         text += f"{question_text} [0.{x},0.{y}]"
-    assert chat.conversation(Scene(THING, asked)) == (tokens, labels, [])
+    assert chat.encode_conversation(Scene(THING, asked)) == (tokens, labels)
     in_one_go = chat.tokenizer.encode(text).tokens
     assert "]U" in in_one_go or chat.bos == 128000  # so pieces would fuse; Llama-3 has no such token
 
@@ -142,37 +147,31 @@ def untrained(chat):
     return CapeLLM(vit, llama).eval()
 
 
-def teach(model, chat, images, conversations):
-    """Makes an untrained network give these answers. conversations: (photo, [(question, answer), ...]) each.
+def teach(model, chat, images, turns):
+    """Makes an untrained network give these answers. turns: (photo, question, answer) each.
 
     Solves for the lm_head whose logits are 1 for each next token and 0 for the others.
     """
-    hidden, said, photos = [], [], model.see(images)
-    for photo, turns in conversations:
-        tokens, learned = [chat.bos, *chat.newline], []
-        for question, answer in turns:
-            start = len(tokens) + len(question)
-            learned += range(start, start + len(answer))
-            tokens += question + answer
-        text = model.llama.embed_tokens(torch.tensor(tokens))
-        states = model.llama(torch.cat((text[:1], photos[photo], text[1:]))[None])[0]
-        before = states[photos.shape[1] - 1:]  # before[i] predicts token i
-        hidden.append(before[learned])
-        said += [tokens[i] for i in learned]
+    hidden, said = [], []
+    for photo, question, answer in turns:
+        tokens = [chat.bos, *question, *answer]
+        states = model.llama(model.join(images[[photo]], torch.tensor([tokens])))[0]
+        hidden.append(states[-len(answer) - 1:-1])  # which predict the answer
+        said += answer
     tokens, which = torch.tensor(said).unique(return_inverse=True)
     weights = torch.linalg.lstsq(torch.cat(hidden).double(), F.one_hot(which).double()).solution.T
     model.llama.lm_head.weight.zero_()[tokens] = weights.float()
 
 
-def questions_of(chat, *names):
-    return chat.questions(Category("thing", [(name, "") for name in names]))
+def ask_about(chat, *names):
+    return chat.encode_questions(Category("thing", [(name, "") for name in names]))
 
 
 @torch.no_grad()
-def test_locate_gives_the_tokens_of_plain_greedy_decoding(chat):
+def test_locate_says_what_the_textbooks_decoder_says(chat):
     model, images = untrained(chat), torch.randn(2, 3, 56, 56)
-    questions = [questions_of(chat, "left ear", "nose", "right ear"),
-                 questions_of(chat, "left ear", "naked chin", "tip of the tail")]
+    questions = [ask_about(chat, "left ear", "nose", "right ear"),
+                 ask_about(chat, "left ear", "naked chin", "tip of the tail")]
     answers = [spelled(chat, (0.123, 0.456)),
                spelled(chat, (0.999, 0)),
                chat.encode("The nose") + [chat.eos],  # leaves the format at once
@@ -184,12 +183,11 @@ def test_locate_gives_the_tokens_of_plain_greedy_decoding(chat):
     def predictions():
         return sum(locate(model, images, questions, chat), [])
 
-    assert [p.answer for p in predictions()] == one_by_one(model, images, questions, chat)  # says anything
+    assert [p.answer for p in predictions()] == generate_all(model, images, questions, chat)  # says anything
 
-    photos = [0, 0, 0, 1, 1, 1]
-    teach(model, chat, images, [(photo, [turn]) for photo, *turn in zip(photos, sum(questions, []), answers)])
+    teach(model, chat, images, [*zip([0, 0, 0, 1, 1, 1], sum(questions, []), answers)])
     expected = [answer[:chat.coordinates.max_tokens] for answer in answers]
-    assert one_by_one(model, images, questions, chat) == expected
+    assert generate_all(model, images, questions, chat) == expected
     assert [p.answer for p in predictions()] == expected
     assert [p.point for p in predictions()] == points
     kept_the_format = [bool(chat.kind.digits) and point is not None for point in points]
@@ -201,20 +199,3 @@ def test_locate_gives_the_tokens_of_plain_greedy_decoding(chat):
     [[first, _]] = locate(model, images[:1], [questions[0][:2]], chat)
     assert first.point == (0.123, 0.456)
     assert len(passes) == chat.kind.passes
-
-
-@torch.no_grad()
-def test_a_conversation_that_left_the_format_comes_back(chat):
-    """Cumulative, and side by side with one that leaves it later."""
-    model, images = untrained(chat), torch.randn(2, 3, 56, 56)
-    questions = [questions_of(chat, "left ear", "nose", "right ear"),
-                 questions_of(chat, "left ear", "naked chin", "tip of the tail")]
-    answers = [[chat.encode("The nose") + [chat.eos], spelled(chat, (0.999, 0)), spelled(chat, (0.1, 0.2))],
-               [spelled(chat, (0.507, 0.12)), chat.encode(" [0.3;") + [chat.eos], spelled(chat, (0, 0.3))]]
-    points = [[None, (0.999, 0.0), (0.1, 0.2)], [(0.507, 0.12), None, (0.0, 0.3)]]
-    teach(model, chat, images, [(p, [*zip(questions[p], answers[p])]) for p in (0, 1)])
-
-    for predictions, said, expected in zip(locate(model, images, questions, chat, cumulative=True),
-                                           answers, points):
-        assert [p.answer for p in predictions] == [answer[:chat.coordinates.max_tokens] for answer in said]
-        assert [p.point for p in predictions] == expected

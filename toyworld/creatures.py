@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from annotations import Instance
+from data import Instance
 
 # -------------------------------------------------------------------------------------- parts and colours
 

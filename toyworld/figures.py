@@ -3,6 +3,10 @@
 All show the trained toy (assets/toy) and creatures of categories that no training has seen.
 """
 
+import base64
+import io
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from chat import IGNORE, Category, Chat, Scene
 from data import Crop, crop_of, normalize
 from decode import locate
-from labels import make_palette, place_column, wrap
 from llama import rotate
 from lora import load_trainable_state
 from model import CapeLLM
+from tools.draw import make_palette, place_column, wrap
 from toyworld.creatures import draw_example
 
 ROOT = Path(__file__).parent.parent
@@ -191,6 +195,24 @@ def draw_attention(model, chat, side=300):
     return sheet
 
 
+def draw_page():
+    """The page that predict.py --serve opens, with the heat of one point, as Chromium shows it."""
+    from predict import Locator
+    from tests.browser import open_browser
+    from tools.page import Server
+    with (tempfile.TemporaryDirectory() as profile, Server(Locator(TOY / "ckpt.pt", "median"), 0) as server,
+          open_browser(profile) as page):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page.send("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/")
+        page.wait("document.readyState === 'complete' && !$('example').hidden")
+        page.evaluate("$('example').click()")
+        page.wait("found !== null")
+        page.evaluate("pin(0)")
+        shot = page.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        server.shutdown()
+    return Image.open(io.BytesIO(base64.b64decode(shot))).convert("RGB")
+
+
 def main():
     chat, model = Chat(TOY / "llm"), CapeLLM.load(TOY / "vit", TOY / "llm", image_size=SIZE).eval()
     load_trainable_state(model, torch.load(TOY / "ckpt.pt", weights_only=True)["model"])
@@ -198,7 +220,7 @@ def main():
     for name, figure in (("descriptions", draw_descriptions(model, chat)), ("words", draw_words(model, chat)),
                          ("crop", draw_crop()), ("sequence", draw_sequence(chat)),
                          ("distribution", draw_distribution(model, chat)),
-                         ("attention", draw_attention(model, chat))):
+                         ("attention", draw_attention(model, chat)), ("page", draw_page())):
         figure.quantize(256).save(FIGURES / f"{name}.png", optimize=True)  # a third of the bytes
         print(f"assets/figures/{name}.png")
 

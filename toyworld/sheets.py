@@ -5,7 +5,7 @@ It shares kinds of parts and colours with the creatures and little else, and no 
 
 import numpy as np
 
-from chat import spell
+from chat import write_point
 from toyworld.creatures import CIRCLE, COLOURS, LIMBS, PAIRS, TURN, UNSEEN, Pen, tint
 
 SIZE = 112  # pixels
@@ -101,7 +101,7 @@ def converse(rng, points, encode):
     asked = [point for point in points if point[2]]
     for i in np.resize(rng.permutation(len(asked)), ROUNDS):
         kind, colour, keypoint, z = asked[i]
-        place = spell((z.real, z.imag))
+        place = write_point((z.real, z.imag))
         if rng.random() < 0.75:
             question = encode(f"User: point at the {phrase(rng, kind, colour, keypoint)}\nAssistant:")
             answer = encode(place)

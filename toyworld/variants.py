@@ -40,11 +40,9 @@ def call(folder, program, *args):
 
 def train(folder, flags):
     """-> the checkpoint of a finished training, which resumes where it was stopped."""
-    checkpoint = folder / "ckpt.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    start = ["--resume", checkpoint] if checkpoint.exists() else [*flags, "--out", folder]
-    call(folder, "train.py", *start)
-    return checkpoint
+    call(folder, "train.py", *flags, "--out", folder)
+    return folder / "ckpt.pt"
 
 
 def run_row(out, recipe, name, flags, seed):

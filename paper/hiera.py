@@ -18,32 +18,31 @@ The trick is the order of the tokens: unit by unit, and within a unit along a Z-
     10 11 14 15 | 26 27 ..
 
 It reads the hub's files (facebook/hiera-large-224-hf and its sisters). q, k and v are separate layers here,
-since LoRA goes on q and v. Letters: B photos, N tokens, D width, H heads, U mask units side by side, S tokens
-that attend to each other. `python hiera.py` shows the order, and the shapes of a small one.
+since LoRA goes on q and v. This file needs no other. Letters: B photos, N tokens, D width, H heads, U mask
+units side by side, S tokens that attend to each other. `python -m paper.hiera` shows shapes.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
-
-from common import InputError, check, get_field, read_json
-from weights import load_weights
 
 
 @dataclass(frozen=True)
 class HieraConfig:
     """The defaults are Hiera-L; names as in config.json."""
 
-    embed_dim: int = 144
-    depths: tuple = (2, 6, 36, 4)
-    num_heads: tuple = (2, 4, 8, 16)
-    mlp_ratio: float = 4
-    layer_norm_eps: float = 1e-6
-    image_size: tuple = (224, 224)
+    embed_dim: int = 144  # numbers that stand for a patch; twice as many with each stage
+    depths: tuple = (2, 6, 36, 4)  # blocks of each stage
+    num_heads: tuple = (2, 4, 8, 16)  # H of each stage
+    mlp_ratio: float = 4  # width of the MLP / D
+    layer_norm_eps: float = 1e-6  # keeps LayerNorm from dividing by 0
+    image_size: tuple = (224, 224)  # pixels of the photos
 
     @property
     def hidden_size(self):
@@ -141,50 +140,42 @@ class Hiera(nn.Module):
 
     @classmethod
     def load(cls, directory, image_size=224, dtype=torch.float32, device="cpu"):
-        """Reads DIR/config.json and DIR/model.safetensors. InputError names the file and tensor at fault."""
-        config = read_hiera_config(Path(directory) / "config.json")
+        """Reads DIR/config.json and DIR/model.safetensors. Strict: torch names a missing or misshapen tensor.
+
+        image_size: pixels a side of the photos. ValueError if the network is for others.
+        """
+        directory = Path(directory)
+        config = read_config(directory / "config.json")
         if [image_size] * 2 != list(config.image_size):
-            own_size = " x ".join(map(str, config.image_size))
-            raise InputError(f"image size {image_size} is not the {own_size} of {directory}")
+            raise ValueError(f"image size {image_size} is not the network's, {config.image_size}")
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, directory, lambda key: rename(key, config.depths), dtype, device)
+        state = {}
+        with safe_open(directory / "model.safetensors", framework="pt", device=str(device)) as file:
+            for key in file.keys():
+                names = rename(key, config.depths)
+                for name, part in zip(names, file.get_tensor(key).to(dtype).chunk(max(1, len(names)))):
+                    state[name] = part
+        model.load_state_dict(state, strict=True, assign=True)
         return model
 
 
 # -------------------------------------------------------------------------------------------- the hub's files
 
-# What all published Hieras for photos have in common, as config.json says it or by default.
-COMMON = dict(
-    patch_size=[7, 7], patch_stride=[4, 4], patch_padding=[3, 3], num_channels=3, hidden_act="gelu",
-    embed_dim_multiplier=2, masked_unit_size=[8, 8], masked_unit_attention=[True, True, False, False],
-    num_query_pool=3, query_stride=[2, 2])
-
-# What a field of config.json may be: arguments of common.check(). No published model comes near the bounds.
-FIELDS = dict(
-    embed_dim=(int, 1, 10**5), depths=(list, 4, 4), num_heads=(list, 4, 4), mlp_ratio=(float, 1, 1000),
-    layer_norm_eps=(float, 0, 1), image_size=(list, 2, 2))
+# What all published Hieras for photos have in common, and no shape of a tensor tells.
+PUBLISHED = dict(
+    patch_stride=[4, 4], patch_padding=[3, 3], hidden_act="gelu", masked_unit_size=[8, 8],
+    masked_unit_attention=[True, True, False, False], num_query_pool=3, query_stride=[2, 2])
 
 
-def read_hiera_config(path):
-    """A config.json of the hub -> HieraConfig. InputError if it is not like the published ones."""
-    raw = read_json(path, dict)
-    for key, value in dict(model_type="hiera", **COMMON).items():
-        if raw.get(key, COMMON.get(key)) != value:
-            raise InputError(f"{path}: {key} is {raw.get(key)!r}, not {value!r} as in the published Hieras")
-    for key in raw.keys() & FIELDS.keys() | {"num_heads"}:  # no shape tells these
-        get_field(raw, key, path, *FIELDS[key])
-    config = HieraConfig(**{k: v for k, v in raw.items() if k in FIELDS})
-    for key, values in ("depths", config.depths), ("num_heads", config.num_heads):
-        for value in values:
-            check(value, f"{path}: a number in {key}", int, 1, 200)
-    widths = [config.embed_dim * 2**stage for stage in range(4)]
-    if any(width % n for width, n in zip(widths, config.num_heads)):
-        raise InputError(f"{path}: num_heads {config.num_heads} do not divide the widths {widths}")
-    for pixels in config.image_size:
-        if check(pixels, f"{path}: a number in image_size", int, 32, 10000) % 32:
-            raise InputError(f"{path}: image_size {pixels} is not a multiple of 32")
-    return config
+def read_config(path):
+    """A config.json of the hub -> HieraConfig. ValueError if it is not like the published ones."""
+    raw = json.loads(Path(path).read_text())
+    for key, value in {"model_type": "hiera", **PUBLISHED}.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{key} is {raw[key]!r}, not {value!r} as in the published Hieras")
+    fields = {key: raw[key] for key in HieraConfig.__dataclass_fields__ if key in raw}
+    return HieraConfig(**fields | {"num_heads": raw["num_heads"]})  # no shape tells it
 
 
 # What files hold beyond the image tokens, by the hub's three kinds of Hiera.

@@ -1,12 +1,12 @@
 """Speed and memory beside what people would use instead: Transformers and PEFT (requirements-dev.txt).
 
-    python bench.py --size small    tiny: to see that it runs; small: ViT-S and 8 layers of width 512;
-                                    8b: the paper's ViT-L and Llama-3.1-8B, on a GPU of 80 GB;
-                                    real: published weights, in vit/ and llm/ of the folder CAPELLM_REAL
+    python -m tools.bench --size small    tiny: to see that it runs; small: ViT-S and 8 layers of width 512;
+                                          8b: the paper's ViT-L and Llama-3.1-8B, on a GPU of 80 GB;
+                                          real: published weights, in vit/ and llm/ of the folder CAPELLM_REAL
 
-Contestants load the same files, get the same inputs, and run in turn in one process. A difference between
-their results ends the program before they are timed. Random networks do not keep to the format of answers,
-so all are held to it, which saves none of them a product. Columns:
+The contestants share their weights, which are random but for "real", get the same inputs, and run in turn in
+one process. A difference between their results ends the program before they are timed. Random networks do not
+keep to the format of answers, so all are held to it. Columns:
 
     seconds   of the median run; +-: how far the slowest was from the fastest, "!" if too far to be trusted
     x ours    how many times our time
@@ -14,30 +14,28 @@ so all are held to it, which saves none of them a product. Columns:
     floor     our products of matrices, if each were as fast as a large one, as a share of the time
 """
 
-import argparse
 import ctypes
 import math
 import os
-import tempfile
 import time
 import warnings
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from annotations import parse_descriptions
-from chat import IGNORE, AnswerFormat, Category, Chat
-from common import read_json, run, write_json
-from decode import answer_in_format, locate, start_conversations
-from llama import LlamaConfig
-from model import DTYPES, CapeLLM
+from chat import IGNORE, AnswerFormat, Category
+from common import Parser, read_json, run, start_processes, write_json
+from data import parse_descriptions
+from decode import locate
+from llama import Llama, LlamaConfig
+from model import DTYPES, CapeLLM, adapt, load_network
+from vit import ViT, ViTConfig, rename
 
 SIZES = {  # of the ViT and the LLM; what is not said is DINOv2 ViT-L/14's and Llama-3.1-8B's
     "tiny": (dict(image_size=56, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
@@ -47,35 +45,38 @@ SIZES = {  # of the ViT and the LLM; what is not said is DINOv2 ViT-L/14's and L
               dict(hidden_size=512, head_dim=64, intermediate_size=1792, num_hidden_layers=8,
                    num_attention_heads=8, num_key_value_heads=2)),
     "8b": ({}, {})}
-OURS, PLAIN, CHECKPOINTED = "ours", "ours, if no answer kept to the format", "ours, checkpointed activations"
+OURS, CHECKPOINTED = "ours", "ours, checkpointed activations"
+BEHIND = "ours, behind one copy of the photo"
 PUBLISHED, USED_WELL, PEFT = "published way", "Transformers, used well", "Transformers + PEFT"
+
+# What decode.py needs of a Chat, with made-up tokens. As with Llama-3, the numbers 000 ... 999 are one token
+# each, here 10 ... 1009 in no order; words come after them.
+CHAT = Namespace(
+    bos=0, parse=lambda answer: (0.0, 0.0), coordinates=AnswerFormat(
+        [[3, 4, 5], [6, 4, 5]], np.random.default_rng(0).permutation(range(10, 1010)).tolist(), [-1], 8))
 
 # ----------------------------------------------------------------------------------------------- contestants
 
 
-def save_random_weights(size, folder, device):
-    """Writes vit/ and llm/ as the hub would, with random weights in bf16."""
-    import transformers
-
-    vit, llama = SIZES[size]
-    vit = dict(image_size=224, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16) | vit
-    llama = vars(LlamaConfig(**llama)) | {"max_position_embeddings": 131072}
-    llama["rope_parameters"] = llama.pop("rope")
-    llama["initializer_range"] = llama["hidden_size"] ** -0.5  # else all questions get the same answer
+def random_network(size, device, dtype):
+    """CapeLLM with random weights, made where they are used."""
+    of_vit, of_llm = SIZES[size]
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(DTYPES[dtype])
     with torch.device(device):
-        vit = transformers.Dinov2Model(transformers.Dinov2Config(patch_size=14, **vit))
-        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama))
+        vit = ViT(ViTConfig(**dict(image_size=224) | of_vit))
+        llama = Llama(LlamaConfig(**of_llm))
     torch.set_default_dtype(torch.float32)
-    vit.save_pretrained(folder / "vit")
-    llama.save_pretrained(folder / "llm", max_shard_size="500MB")
+    for name, p in [*vit.named_parameters(), *llama.named_parameters()]:
+        if p.ndim > 1:  # wide enough that not all questions get the same answer
+            nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.ndim == 2 else 0.02)
+    adapt(vit, "lora", ("q", "v"))
+    adapt(llama, "lora", ("q_proj", "v_proj"))
+    return CapeLLM(vit, llama).to(device)
 
 
-def load(folder, device, dtype):
-    """CapeLLM with adapters that do something."""
-    side = read_json(folder / "vit/config.json")["image_size"]
-    model = CapeLLM.load(folder / "vit", folder / "llm", min(side, 224), device=device, dtype=dtype)
+def with_adapters(model):
+    """The same network with adapters that do something."""
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.02)
@@ -83,37 +84,52 @@ def load(folder, device, dtype):
 
 
 class Twin(nn.Module):
-    """The same network of Transformers' Dinov2 and Llama with PEFT's adapters. What trains is shared."""
+    """The same network of Transformers' Dinov2 and Llama with PEFT's adapters. All weights are shared."""
 
-    def __init__(self, folder, model):
+    def __init__(self, model):
         super().__init__()
         import transformers
         from peft import LoraConfig, get_peft_model
 
         warnings.simplefilter("ignore", FutureWarning)
-        where = dict(dtype=model.llama.norm.weight.dtype, device_map=model.projection.weight.device)
-        self.vit = transformers.Dinov2Model.from_pretrained(folder / "vit", **where)
-        self.llama = transformers.LlamaForCausalLM.from_pretrained(folder / "llm", **where)
+        c, v = model.llama.config, model.vit.config
+        llama = {k: x for k, x in vars(c).items() if k != "rope"} | {"rope_parameters": c.rope}
+        side = v.patch_size * math.isqrt(model.vit.n_patches)  # our position table is resized already
+        with torch.device("meta"):
+            self.vit = transformers.Dinov2Model(transformers.Dinov2Config(**vars(v) | {"image_size": side}))
+            self.llama = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**llama, max_position_embeddings=131072))
+        ours = {name.replace(".base.", "."): p for name, p in model.named_parameters() if "lora" not in name}
+        own_names = {key: key.replace("_proj.", ".").replace("attention.o.", "attn.proj.").replace(
+            "attention.", "attn.") for key in self.vit.state_dict()}
+        table = {key: ours["vit." + name] for key in own_names for name in rename(own_names[key])}
+        self.vit.load_state_dict(table, strict=False, assign=True)  # less the mask token
+        self.vit.embeddings.mask_token = None
+        self.llama.load_state_dict({key: ours["llama." + key.removeprefix("model.")]
+                                    for key in self.llama.state_dict()}, assign=True)
+        device = model.projection.weight.device
+        with torch.device(device):  # what no file holds
+            self.llama.model.rotary_emb = type(self.llama.model.rotary_emb)(self.llama.config)
         for network in self.vit, self.llama:
             get_peft_model(network, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05,
                                                target_modules=["q_proj", "v_proj"]))
-        # Transformers fits the position table to 224 pixels otherwise, see ViT.resize_positions()
-        self.vit.embeddings.position_embeddings.data = model.vit.pos_embed.data
         self.projection = model.projection
         for own, p in zip(trained(self), trained(model), strict=True):
             own.data = p.data
         self.eval()
 
     def see(self, images):
-        z = self.vit(images.to(self.vit.dtype)).last_hidden_state[:, 1:]
+        z = self.vit(images.to(self.llama.dtype)).last_hidden_state[:, 1:]
         return F.linear(z, self.projection.weight.to(z.dtype), self.projection.bias.to(z.dtype))
 
-    def forward(self, images, tokens, labels):
+    def forward(self, images, tokens, labels, photo_of=None):
         text = self.llama.model.embed_tokens(tokens)
-        x = torch.cat((text[:, :1], self.see(images), text[:, 1:]), dim=1)
+        image = self.see(images if photo_of is None else images[photo_of])
+        x = torch.cat((text[:, :1], image, text[:, 1:]), dim=1)
         labels = F.pad(labels, (x.shape[1] - labels.shape[1], 0), value=IGNORE)
         return self.llama(inputs_embeds=x, labels=labels, use_cache=False).loss
 
+    @torch.no_grad()
     def generate(self, photos, photo_of, questions, chat, published=False):
         """Greedy answers, held to the format.
 
@@ -122,7 +138,7 @@ class Twin(nn.Module):
         """
         form, N, T = chat.coordinates, (photos.shape[-1] // 14) ** 2, max(map(len, questions))
         held = [choices for known in form.known for choices in (*([token] for token in known), form.digits)]
-        start = [chat.bos] + [-2] * N + chat.newline  # -2: the photo, -1: padding
+        start = [chat.bos] + [-2] * N  # -2: the photo, -1: padding
         tokens = torch.tensor([[-1] * (T - len(q)) + start + q for q in questions], device=photos.device)
 
         def keep_format(said, scores):
@@ -132,12 +148,11 @@ class Twin(nn.Module):
             choices = torch.tensor(choices, device=photos.device)
             return torch.full_like(scores, -math.inf).index_copy(1, choices, scores[:, choices])
 
-        with torch.no_grad():
-            x, image = self.llama.model.embed_tokens(tokens.clamp(min=0)), self.see(photos)[photo_of]
-            answers = self.llama.generate(
-                inputs_embeds=x.masked_scatter((tokens == -2)[..., None], image.to(x.dtype)),
-                attention_mask=tokens != -1, logits_processor=[keep_format], do_sample=False, eos_token_id=-1,
-                max_new_tokens=len(held) + 5 * published, logits_to_keep=0 if published else 1)
+        x, image = self.llama.model.embed_tokens(tokens.clamp(min=0)), self.see(photos)[photo_of]
+        answers = self.llama.generate(
+            inputs_embeds=x.masked_scatter((tokens == -2)[..., None], image.to(x.dtype)),
+            attention_mask=tokens != -1, logits_processor=[keep_format], do_sample=False, eos_token_id=-1,
+            max_new_tokens=len(held) + 5 * published, logits_to_keep=0 if published else 1)
         return answers[:, :len(held)].tolist()
 
 
@@ -149,28 +164,22 @@ def trained(network):
 
 # ------------------------------------------------------------------------------------------------- the tasks
 
-# What decode.py needs of a Chat, with made-up tokens. As with Llama-3, the numbers 000 ... 999 are one token
-# each, here 10 ... 1009; words come after them.
-CHAT = SimpleNamespace(
-    bos=0, newline=[2], opening=[], keypoint=None, parse=lambda answer: (0.0, 0.0),
-    coordinates=AnswerFormat([[3, 4, 5], [6, 4, 5]], list(range(10, 1010)), ending=[-1], max_tokens=8))
-
 
 def make_photos(n, model):
-    side = 14 * math.isqrt(model.vit.n_patches)
+    side = model.vit.config.patch_size * math.isqrt(model.vit.n_patches)
     photos = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(n))
     return photos.to(model.projection.weight.device)
 
 
 def make_questions(P, K, chat, model):
-    """K questions about each of P photos, with Llama-3's 39 to 93 tokens or in a real tokenizer's."""
+    """K questions about each of P photos, with Llama-3's 40 to 94 tokens or in a real tokenizer's."""
     if chat is not CHAT:
-        path = Path(__file__).with_name("descriptions.json")
+        path = Path(__file__).parents[1] / "descriptions.json"
         category = max(parse_descriptions(read_json(path), path).values(), key=lambda c: len(c.keypoints))
-        return [chat.questions(Category(category.name, category.keypoints[:K]))] * P
-    rng = np.random.default_rng(K)
-    lengths = rng.normal(61, 9, (P, K)).round().clip(39, 93).astype(int)
-    return [[rng.integers(1010, model.llama.config.vocab_size, n).tolist() for n in row] for row in lengths]
+        return [chat.encode_questions(Category(category.name, category.keypoints[:K]))] * P
+    rng, words = np.random.default_rng(K), model.llama.config.vocab_size
+    lengths, common = rng.normal(62, 9, (P, K)).round().clip(40, 94).astype(int), [2, 7, 8, 9, 1]
+    return [[common + rng.integers(1010, words, n - len(common)).tolist() for n in row] for row in lengths]
 
 
 def answering(model, twin, chat, P, K):
@@ -178,15 +187,9 @@ def answering(model, twin, chat, P, K):
     photos, questions = make_photos(P, model), make_questions(P, K, chat, model)
     flat, photo_of = sum(questions, []), [p for p, asked in enumerate(questions) for _ in asked]
 
-    @torch.no_grad()
     def ours():
-        conversations = start_conversations(model, photos, chat)
-        conversations.select(photo_of)
-        return answer_in_format(conversations, flat, chat.coordinates)[0]
-
-    def plain():
-        found = locate(model, photos, questions, chat)
-        assert all(p.x_distribution is None for of_photo in found for p in of_photo), "some kept to it"
+        found = locate(model, photos, questions, chat, constrained=True)
+        return [prediction.answer for of_photo in found for prediction in of_photo]
 
     def published():  # a copy of the photo with each question, 15 at a time
         answers = []
@@ -198,7 +201,7 @@ def answering(model, twin, chat, P, K):
 
     # used well: each photo seen once, all questions in one batch, no token and no logits too many
     used_well = partial(twin.generate, photos, photo_of, flat, chat)
-    return {OURS: ours, PLAIN: plain, USED_WELL: used_well, PUBLISHED: published}
+    return {OURS: ours, USED_WELL: used_well, PUBLISHED: published}
 
 
 def check_answers(answers, exact, is_real=False):
@@ -213,25 +216,28 @@ def check_answers(answers, exact, is_real=False):
         assert equal >= (1 if exact else 0.9), f"{way}: {equal:.1%} of the tokens are equal"
 
 
-def training(model, twin, B):
-    """B conversations as a micro-batch -> {way: function that takes a step as train.py does}, the batch."""
+def training(model, twin, P, n=1):
+    """n conversations about each of P photos -> {way: function that takes a training step}, and the batch."""
     learned = np.concatenate([[0, 0], *([0] * n + [1] * 11 for n in (55, 61, 62, 69))])
-    rng = np.random.default_rng(B)
-    tokens = torch.from_numpy(rng.integers(0, model.llama.config.vocab_size, (B, len(learned))))
-    labels = tokens.where(torch.tensor(learned) > 0, IGNORE)
-    batch = [t.to(model.projection.weight.device) for t in (make_photos(B, model), tokens, labels)]
+    rng = np.random.default_rng(P)
+    tokens = torch.from_numpy(rng.integers(0, model.llama.config.vocab_size, (P * n, len(learned))))
+    tokens[:, 0] = CHAT.bos
+    labels, photos = tokens.where(torch.tensor(learned) > 0, IGNORE), make_photos(P, model)
+    photo_of = torch.arange(P, device=photos.device).repeat_interleave(n) if n > 1 else None
+    batch = [photos, tokens.to(photos.device), labels, photo_of]
 
-    def step(network, optimizer, checkpointed=False):
+    def step(network, optimizer, batch, checkpointed=False):
         model.llama.checkpoint_activations = checkpointed
         network.train()(*batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         network.eval()
 
-    own, theirs = (torch.optim.AdamW(trained(network), lr=1e-6, fused=batch[0].is_cuda)
+    own, theirs = (torch.optim.AdamW(trained(network), lr=1e-6, fused=photos.is_cuda)
                    for network in (model, twin))
-    return {OURS: partial(step, model, own), CHECKPOINTED: partial(step, model, own, True),
-            PEFT: partial(step, twin, theirs)}, batch
+    on_device = [*batch[:2], labels.to(photos.device), photo_of]
+    runners = {OURS: partial(step, model, own, batch), PEFT: partial(step, twin, theirs, on_device)}
+    return runners | ({CHECKPOINTED: partial(step, model, own, batch, True)} if n == 1 else {}), batch
 
 
 def check_training(model, twin, batch, exact):
@@ -286,23 +292,35 @@ def peak_memory(runner):
     return runner(), gib("VmHWM") - before
 
 
+def count_products(model, runner):
+    """FLOP of the products with weights in a run, forward, and backward to inputs that need it."""
+    total, hooks = [0], []
+
+    def count(layer, inputs, output):
+        passes = 2 if output.requires_grad else 1
+        total[0] += passes * 2 * inputs[0].numel() * layer.out_features
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Linear)]
+    runner()
+    for hook in hooks:
+        hook.remove()
+    return total[0]
+
+
 def speed_of_products(device, dtype):
     """FLOP/s of a large product of two matrices."""
-    n = 8192 if device == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / median(race({"": lambda: a @ a})[""])
 
 
-def contest(rows, speed, title, runners, check, unit, n=1):
+def contest(rows, model, speed, title, runners, check, unit, n=1):
     """Runs all, checks {way: result}, times them, prints a line for each way and adds it to `rows`.
 
     speed: of large products, FLOP/s. n: units of work in a run.
     """
     done = {way: peak_memory(runner) for way, runner in runners.items()}
     check({way: result for way, (result, _) in done.items()})
-    with FlopCounterMode(display=False) as counter:
-        runners[OURS]()
-    floor, times = counter.get_total_flops() / speed, race(runners)
+    floor, times = count_products(model, runners[OURS]) / speed, race(runners)
     for way in [way for way in times if noise(times[way]) > 0.25]:
         times[way] = min(times[way], race({way: runners[way]})[way], key=noise)
     print(f"\n{title:44}{'seconds':>9}{'+-':>6}{unit + '/s':>11}{'x ours':>8}{'GiB':>7}{'floor':>7}")
@@ -310,74 +328,62 @@ def contest(rows, speed, title, runners, check, unit, n=1):
         s, gib = median(seconds), done[way][1]
         spread = f"{noise(seconds):.0%}{'!' * (noise(seconds) > 0.25)}" if len(seconds) > 1 else "once"
         print(f"  {way:42}{s:9.4g}{spread:>6}{n / s:11,.2f}{s / median(times[OURS]):8.2f}{gib:7.2f}"
-              + f"{floor / s:7.0%}" * bool(floor), flush=True)
+              f"{floor / s:7.0%}", flush=True)
         rows.append(dict(title=title, way=way, seconds=seconds, unit=unit, n=n, gib=gib, floor=floor))
-    # of a GPU; none is named where attention falls back to plain products
-    if kernels := [str(op) for op in counter.get_flop_counts()["Global"] if "dot_product" in str(op)]:
-        print("  attention by", *kernels)
 
 
 # ------------------------------------------------------------------------------------------------- the whole
 
 
-def compare(contest, folder, size, device, dtype, chat):
-    """Loads, trains and answers, in all ways that there are for this size."""
-    is_big, exact = size == "8b", dtype == "fp32"
-
-    def load_only(way):
-        network = load(folder, device, dtype) if way == OURS else Twin(folder, model)
-        return sum(p.flatten()[::1000].sum().item() for p in network.parameters())  # reads what was put off
-
-    model = load(folder, device, dtype)
-    gb = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e9
-    contest(f"loading {gb:.2g} GB", {way: partial(load_only, way) for way in (OURS, PEFT)},
-            lambda _: None, "GB", gb)
-    twin = Twin(folder, model)
-    for B in (1, 2, 4) if is_big else (1,):
-        runners, batch = training(model, twin, B)
+def compare(contest, model, twin, size, dtype, chat):
+    """Trains and answers, in all ways that there are for this size."""
+    exact, T = dtype == "fp32", model.vit.n_patches + 293
+    for P, n in [(1, 1), *[(2, 1), (4, 1)] * (size == "8b"), (1, 4)]:
+        runners, batch = training(model, twin, P, n)
         check_training(model, twin, batch, exact)
-        T = model.vit.n_patches + batch[1].shape[1]
-        contest(f"training step, {B} x {T} positions", runners, lambda _: None, "tokens", B * T)
+        title = f"training step, {P} photo{'s' * (P > 1)}" + f" x {n} conversations" * (n > 1)
+        contest(title, runners, lambda _: None, "tokens", P * n * T)
     check = partial(check_answers, exact=exact, is_real=size == "real")
-    for P, K in [(1, 8), (1, 17), (1, 68), *[(8, 17)] * is_big]:
+    for P, K in [(1, 8), (1, 17), (1, 68), *[(8, 17)] * (size == "8b")]:
         contest(f"answering, {K} keypoints, {P} photo{'s' * (P > 1)} at a time",
                 answering(model, twin, chat, P, K), check, "photos", P)
 
 
-def check_tiny(folder, device):
+def check_tiny(device):
     """In fp32 all answers must be equal to the last token."""
-    save_random_weights("tiny", folder, device)
-    model = load(folder, device, "fp32")
-    twin = Twin(folder, model)
-    check_training(model, twin, training(model, twin, 2)[1], exact=True)
+    model = with_adapters(random_network("tiny", device, "fp32"))
+    twin = Twin(model)
+    for n in 1, 3:
+        check_training(model, twin, training(model, twin, 2, n)[1], exact=True)
     check_answers({way: run() for way, run in answering(model, twin, CHAT, 3, 5).items()}, exact=True)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Speed and memory beside Transformers + PEFT.")
+    parser = Parser(description="Speed and memory beside Transformers + PEFT.")
     parser.add_argument("--size", choices=[*SIZES, "real"], default="small")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 elsewhere")
+    parser.add_argument("--dtype", choices=DTYPES, help="None: bf16 on a GPU, fp32 elsewhere")
     parser.add_argument("--json", metavar="FILE", help="also write every run's seconds and GiB there")
     args = parser.parse_args(argv)
     import peft
     import transformers
-    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    gpu, rows = torch.cuda.is_available(), []
-    device, dtype = "cuda" if gpu else "cpu", args.dtype or ("bf16" if gpu else "fp32")
-    print(f"{torch.cuda.get_device_name() if gpu else f'CPU, {torch.get_num_threads()} threads'}, {dtype}, "
-          f"size {args.size}, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"peft {peft.__version__}")
-    with tempfile.TemporaryDirectory() as folder:
-        check_tiny(Path(folder, "tiny"), device)
-        folder, chat = Path(folder, "weights"), CHAT
-        if args.size == "real":
-            folder = Path(os.environ.get("CAPELLM_REAL", "no folder in CAPELLM_REAL"))
-            chat = Chat(folder / "llm")
-        else:
-            save_random_weights(args.size, folder, device)
-        compare(partial(contest, rows, speed_of_products(device, DTYPES[dtype])), folder, args.size, device,
-                dtype, chat)
+    device, rows = start_processes().device, []
+    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else threads
+    print(f"{name}, {dtype}, size {args.size}, torch {torch.__version__}, transformers "
+          f"{transformers.__version__}, peft {peft.__version__}")
+    check_tiny(device)
+    chat = CHAT
+    if args.size != "real":
+        model = random_network(args.size, device, dtype)
+    else:
+        real = os.environ.get("CAPELLM_REAL", "the folder CAPELLM_REAL")
+        model, chat = load_network(Namespace(
+            vit=f"{real}/vit", llm=f"{real}/llm", image_size=224, seed=0, tune_vit="lora", tune_llm="lora",
+            answer="text", instruction="description", pretrain=None), device, dtype)
+    twin, speed = Twin(with_adapters(model)), speed_of_products(device, DTYPES[dtype])
+    compare(partial(contest, rows, model, speed), model, twin, args.size, dtype, chat)
     if args.json:
         write_json(args.json, rows)
 

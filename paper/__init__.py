@@ -1,0 +1,1 @@
+"""What only the paper's comparisons need: instructions, Hiera, <KEYPOINT>, conversations in turns."""

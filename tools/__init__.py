@@ -1,0 +1,1 @@
+"""What surrounds a run: checks, other data, pictures, the page, the benchmark."""
