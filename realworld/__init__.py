@@ -2,7 +2,9 @@
 
     splits.json, descriptions.json    what trains, what is asked in the end, and in which words
     data.py                           lays two folders of photographs out as MP-100
-    pretrain.py                       caches DINOv2's features and makes the small Llama from nothing
+    features.py, lessons.py           what DINOv2 sees of the photos, and questions about it
+    pretrain.py                       makes the small Llama from nothing
     baselines.py                      what knows no words: mean places, and patches that look alike
-    figures.py                        curves, and the best and the worst answers
+    figures.py                        table, curve, and the best and the worst answers
+    make.py                           all of it by one command
 """

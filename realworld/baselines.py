@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from annotations import read_descriptions, read_instances
 from common import run
-from data import crop_of
-from metric import make_report, print_report
-from realworld.features import HERE, look
+from data import annotation_file, crop_of, read_instances
+from evaluate import make_report, print_report
+from realworld.data import read_categories
+from realworld.features import look
 from vit import ViT
 
 
@@ -29,8 +29,9 @@ def mean_places(instances, categories):
     places = {}
     for instance in instances:
         points = crop_of(instance).from_photo(instance.keypoints)
-        for (name, _), point, shown in zip(categories[instance.category_id].keypoints, points, instance.visible):
-            for key in [name, ""] if shown else []:
+        names = [name for name, _ in categories[instance.category_id].keypoints]
+        for name, point, is_shown in zip(names, points, instance.visible):
+            for key in [name, ""] if is_shown else []:
                 places.setdefault(key, []).append(point)
     return {name: np.mean(points, axis=0) for name, points in places.items()}
 
@@ -69,15 +70,15 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    categories = read_descriptions(HERE / "descriptions.json")
-    train, test = (args.data / f"annotations/mp100_split1_{split}.json" for split in ("train", "test"))
-    instances, reports = read_instances(test, categories), {}
+    categories = read_categories()
+    train, test = (annotation_file(args.data, 1, split) for split in ("train", "test"))
+    instances, reports, images = read_instances(test, categories), {}, args.data / "images"
     trained = [o for o in read_instances(train, categories) if not o.photo.startswith("mirrored/")]
     means = mean_places(trained, categories)
     guesses = {"mean place": guess_means(instances, categories, means)}
     for size in args.sizes:
         vit = ViT.load(args.vit, size).eval()
-        guesses[f"nearest patch, {size} px"] = guess_by_patches(instances, vit, args.data / "images", args.seed)
+        guesses[f"nearest patch, {size} px"] = guess_by_patches(instances, vit, images, args.seed)
     for name, predicted in guesses.items():
         reports[name] = make_report(instances, list(predicted), categories, test, "query")
         print(name)

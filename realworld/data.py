@@ -2,10 +2,10 @@
 
     python -m realworld.data data/keypoint_photos data/real_photos --out data/realworld
 
-Each folder holds images/ and, in annotations.json or annotations/, COCO keypoints. Photos stay where they are:
-OUT/images links to them. Training sees each photo twice, as it is and mirrored, where left and right change
-places in the names of the keypoints as well. Split 1 is for pre-training. Split 2 differs in that it has only
-the first FEW photos of each training category, not mirrored: enough for fine-tuning.
+Each folder holds images/ and, in annotations.json or annotations/, COCO keypoints. Photos stay where they
+are: OUT/images links to them. Training sees each photo twice, as it is and mirrored, where left and right
+change places in the names of the keypoints as well. Split 1 is for pre-training. Split 2 differs in that it
+has only the first FEW photos of each training category, not mirrored: enough for fine-tuning.
 """
 
 import argparse
@@ -14,11 +14,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import run
+from common import read_json, run
+from data import parse_descriptions
 
 HERE = Path(__file__).parent
+SPLITS = "train", "val", "test"
 FEW = 8
 MIRRORED = 10**12  # added to the ids of mirrored photos and annotations
+
+
+def read_categories():
+    """-> {id: Category}, in our words."""
+    path = HERE / "descriptions.json"
+    return parse_descriptions(read_json(path), path)
 
 
 def other_side(name):
@@ -59,8 +67,8 @@ def lay_out(folders, out):
     splits = json.loads((HERE / "splits.json").read_text())
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "annotations").mkdir(exist_ok=True)
-    of_split = {name: split for split in ("train", "val", "test") for name in splits[split]}
-    contents = {split: {"images": {}, "annotations": [], "categories": []} for split in ("train", "val", "test")}
+    of_split = {name: split for split in SPLITS for name in splits[split]}
+    contents = {split: {"images": {}, "annotations": [], "categories": []} for split in SPLITS}
     for folder in folders:
         link = out / "images" / folder.name
         if not link.exists():
@@ -100,8 +108,10 @@ def write_split(path, parts, annotations):
     """Writes these annotations, the photos they need, and all categories of the split."""
     needed = {annotation["image_id"] for annotation in annotations}
     images = [image for number, image in parts["images"].items() if number in needed]
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": parts["categories"]}))
-    print(f"{path.name}: {len(parts['categories'])} categories, {len(annotations)} objects in {len(images)} photos")
+    contents = {"images": images, "annotations": annotations, "categories": parts["categories"]}
+    path.write_text(json.dumps(contents))
+    print(f"{path.name}: {len(parts['categories'])} categories, {len(annotations)} objects, "
+          f"{len(images)} photos")
 
 
 def write_mirrored(images, image, mirrored):

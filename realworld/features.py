@@ -3,8 +3,8 @@
     python -m realworld.features --data data/realworld --vit facebook/dinov2-small --out runs/realworld
 
 Of the training photos these are crops as train.py makes them, other ones in each epoch; of the others the
-crops of a test. OUT/{train0,train1,...,val,test}.pt hold the patches (n, 64, 384) in 16 bits, and for each the
-annotation's id and the places of its keypoints in the crop. What is there already is not made again.
+crops of a test. OUT/{train0,train1,...,val,test}.pt hold the patches (n, 64, 384) in 16 bits, and for each
+the annotation's id and the places of its keypoints in the crop. What is there already is not made again.
 """
 
 import argparse
@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from annotations import read_descriptions, read_instances
 from common import run
-from data import crop_of, normalize, plan_epoch
+from data import annotation_file, crop_of, normalize, plan_epoch, read_instances
+from realworld.data import read_categories
 from vit import ViT
 
-HERE = Path(__file__).parent
 SIZE = 112  # pixels a side, which makes 8 x 8 patches
 BATCH = 32
 SEED = 7
@@ -41,19 +40,18 @@ def look(vit, images, crops, bar):
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--descriptions", default=HERE / "descriptions.json")
     parser.add_argument("--vit", required=True)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--out", type=Path, default="runs/realworld")
     args = parser.parse_args(argv)
-    categories = read_descriptions(args.descriptions)
+    categories = read_categories()
     vit = ViT.load(args.vit, SIZE).eval()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ["val", "train0", "test", *(f"train{epoch}" for epoch in range(1, args.epochs))]:
         split, file = name.rstrip("0123456789"), args.out / f"{name}.pt"
         if file.exists():
             continue
-        instances = read_instances(args.data / f"annotations/mp100_split1_{split}.json", categories)
+        instances = read_instances(annotation_file(args.data, 1, split), categories)
         crops = [(instance, crop_of(instance)) for instance in instances]
         if split == "train":
             epoch = plan_epoch(instances, SEED, int(name.removeprefix("train")), 4, pack=True)

@@ -1,11 +1,11 @@
-"""What came of it: the table, the curve of pre-training, and the best and the worst answers about test photos.
+"""What came of it: the table, the curve of pre-training, and the best and worst answers about test photos.
 
     python -m realworld.figures runs/realworld/seed0 runs/realworld/seed0/tuned --data data/realworld
 
-The first folder is pretrain.py's, the second that of train.py and evaluate.py. Writes results.json (PCK of each
-test category, beside what baselines.py found) and curve.png into the second, and best.png and worst.png, which
-show photographs that may not be passed on: a ring is where a keypoint is, the dot at the end of its line where
-the model says it is.
+The first folder is pretrain.py's, the second that of train.py and evaluate.py. Writes results.json (PCK of
+each test category, beside what baselines.py found) and curve.png into the second, and best.png and worst.png,
+which show photographs that may not be passed on: a ring is where a keypoint is, the dot at the end of its
+line where the model says it is.
 """
 
 import argparse
@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from annotations import read_descriptions, read_instances
 from common import run
-from data import crop_of
-from metric import pck_of_queries, read_predictions
-from realworld.features import HERE
+from data import annotation_file, crop_of, read_instances
+from evaluate import COLUMNS, pck_of_queries, read_predictions
+from realworld.data import read_categories
 
 SIDE = 240  # pixels of a photo in the pictures
 INK, PALE, BLUE, RED = (40, 40, 48), (228, 228, 234), (46, 92, 184), (206, 52, 52)
@@ -28,12 +27,11 @@ INK, PALE, BLUE, RED = (40, 40, 48), (228, 228, 234), (46, 92, 184), (206, 52, 5
 def write_results(tuned, baselines):
     """PCK@0.05 ... 0.25 and mPCK of each category, in percent, as "this model" and the baselines have it."""
     reports = {"this model": json.loads((tuned / "report.json").read_text()), **baselines}
-    columns = [key for key in reports["this model"] if "PCK" in key]
     table = {}
     for method, report in reports.items():
         for name, row in [*report["per category"].items(), ("all objects", report)]:
-            table.setdefault(name, {})[method] = [round(100 * row[column], 1) for column in columns]
-    (tuned / "results.json").write_text(json.dumps({"columns": columns, "rows": table}, indent=1))
+            table.setdefault(name, {})[method] = [round(100 * row[column], 1) for column in COLUMNS]
+    (tuned / "results.json").write_text(json.dumps({"columns": COLUMNS, "rows": table}, indent=1))
 
 
 def draw_curve(log, path):
@@ -75,9 +73,9 @@ def draw_answers(instance, points, images):
 
 def draw_best_and_worst(tuned, data, n=5):
     """Of each category at most one photo among the best, and one among the worst."""
-    categories = read_descriptions(HERE / "descriptions.json")
-    instances = read_instances(data / "annotations/mp100_split1_test.json", categories)
-    predicted = read_predictions(tuned / "predictions.json", instances, allow_missing=False)
+    categories = read_categories()
+    instances = read_instances(annotation_file(data, 1, "test"), categories)
+    instances, predicted, _ = read_predictions(tuned / "predictions.json", instances, allow_missing=False)
     scores = pck_of_queries(instances, predicted).mean(1)
     order = [i for i in np.argsort(-scores, kind="stable") if instances[i].visible.sum() > 1]
     for name, chosen in ("best", order), ("worst", order[::-1]):

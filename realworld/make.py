@@ -12,8 +12,8 @@ from pathlib import Path
 
 from common import run
 
-TUNING = ("--split 2 --image-size 112 --tune-vit frozen --epochs 2 --pack --batch 16 --micro-batch 8 --lr 1e-3 "
-          "--warmup 0.1 --workers 0 --save-every 20").split()
+TUNING = ("--split 2 --image-size 112 --tune-vit frozen --epochs 2 --pack --batch 16 --micro-batch 8 "
+          "--lr 1e-3 --warmup 0.1 --workers 0 --save-every 20").split()
 
 
 def do(module, *arguments):

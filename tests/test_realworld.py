@@ -12,10 +12,11 @@ import pytest
 from conftest import ROOT
 from test_descriptions import holds, mirrored, read_claims
 
-from chat import Chat
+from chat import Category, Chat
+from data import Instance
 from realworld.baselines import guess_means, mean_places
-from realworld.data import mirror, other_side, read_folder, swap_sides
-from realworld.pretrain import QUESTION, make_tokenizer
+from realworld.data import mirror, other_side, read_categories, read_folder, swap_sides
+from realworld.lessons import QUESTION, make_tokenizer
 
 HERE = ROOT / "realworld"
 TEXTS = json.loads((HERE / "descriptions.json").read_text())
@@ -73,7 +74,8 @@ def test_left_and_right_say_whose():
     for set_name, keypoints in SETS.items():
         for keypoint in keypoints:
             if re.search(r"\b(left|right)\b", keypoint["name"]):
-                assert re.search(r"\bown (left|right)\b|picture's (left|right)\b", keypoint["description"]), keypoint
+                says_whose = re.search(r"\b(own|picture's) (left|right)\b", keypoint["description"])
+                assert says_whose, keypoint
 
 
 def test_no_test_category_is_trained():
@@ -95,7 +97,8 @@ def test_texts_fit_the_data(data):
         assert TEXTS["categories"][str(number)]["name"] == name
         assert len(ours) == len(theirs), name
         for our, their in zip(ours, theirs):  # other words now and then, but never another side
-            assert re.findall("left|right(?! angle)", our) == re.findall("left|right(?! angle)", their), (name, their)
+            sides_of = re.compile("left|right(?! angle)").findall
+            assert sides_of(our) == sides_of(their), (name, their)
 
 
 def test_sides_are_where_the_texts_say(data):
@@ -104,11 +107,12 @@ def test_sides_are_where_the_texts_say(data):
         names, points = names_of(SET_OF[name]), data[name][2]
         for k, other in enumerate(swap_sides(names)):
             text = SETS[SET_OF[name]][k]["description"]
-            if "left" in names[k] and other != k and ("picture's" in text or SET_OF[name].startswith("face_")):
+            judged = "picture's" in text or SET_OF[name].startswith("face_")
+            if judged and "left" in names[k] and other != k:
                 seen = (points[:, [k, other], 2] > 0).all(1)
                 if seen.any():
-                    left_is_left = np.mean(points[seen, k, 0] < points[seen, other, 0])
-                    assert left_is_left > 0.95 if "picture's" in text else left_is_left < 0.05, (name, names[k])
+                    as_in_picture = np.mean(points[seen, k, 0] < points[seen, other, 0])
+                    assert as_in_picture > 0.95 if "picture's" in text else as_in_picture < 0.05, (name, text)
 
 
 def test_claims_are_true(data):
@@ -142,16 +146,15 @@ def test_mirroring():
     assert other_side("left eye of the right one") == "right eye of the left one"
     assert swap_sides(["nose", "left eye", "right eye", "right angle"]) == [0, 2, 1, 3]
     image = {"id": 1, "file_name": "a.jpg", "width": 100, "height": 50}
-    annotation = {"id": 5, "image_id": 1, "bbox": [10, 5, 30, 20], "keypoints": [12, 6, 2, 39, 20, 2, 0, 0, 0]}
+    annotation = {"id": 5, "image_id": 1, "bbox": [10, 5, 30, 20],
+                  "keypoints": [12, 6, 2, 39, 20, 2, 0, 0, 0]}
     there, points = mirror(image, annotation, ["left eye", "right eye", "nose"])
     assert list(points["keypoints"]) == [60, 20, 2, 87, 6, 2, 0, 0, 0]  # left eye, right eye, nose
     assert points["bbox"] == [60, 5, 30, 20] and points["image_id"] == there["id"] != 1
 
 
 def categories_of(split):
-    from annotations import read_descriptions
-    categories = read_descriptions(HERE / "descriptions.json").values()
-    return [category for category in categories if category.name in SPLITS[split]]
+    return [category for category in read_categories().values() if category.name in SPLITS[split]]
 
 
 def test_questions_are_those_of_the_programs(tmp_path):
@@ -163,8 +166,8 @@ def test_questions_are_those_of_the_programs(tmp_path):
     chat = Chat(tmp_path)
     assert len(chat.coordinates.digits) == 10 and len(chat.coordinates.known) == 6
     for category in categories_of("train"):
-        asked = [tokenizer.encode(QUESTION.format(*keypoint)).ids for keypoint in category.keypoints]
-        assert chat.questions(category) == asked
+        asked = [tokenizer.encode("\n" + QUESTION.format(*keypoint)).ids for keypoint in category.keypoints]
+        assert chat.encode_questions(category) == asked
         assert not any(0 in question for question in asked), category.name  # 0 is <unk>
     assert " antenna" not in tokenizer.get_vocab() and " picture's" in tokenizer.get_vocab()
     assert tokenizer.encode(" a wing, a bill.\nAssistant:").tokens == [
@@ -172,8 +175,6 @@ def test_questions_are_those_of_the_programs(tmp_path):
 
 
 def test_means():
-    from annotations import Instance
-    from chat import Category
     seen, asked = Category("a", [("nose", ""), ("tail", "")]), Category("b", [("tail", ""), ("fin", "")])
     one = Instance(1, 1, "a.jpg", (0, 0, 100, 50), np.array([[10., 20], [90, 20]]), np.array([True, True]))
     other = Instance(2, 2, "b.jpg", (100, 100, 10, 10), np.zeros((2, 2)), np.array([True, True]))
