@@ -2,10 +2,10 @@
 
     python -m realworld.figures runs/realworld/seed0 runs/realworld/seed0/tuned --data data/realworld
 
-The first folder is pretrain.py's, the second that of train.py and evaluate.py. Writes results.json (PCK of
-each test category, beside what baselines.py found) and curve.png into the second, and best.png and worst.png,
-which show photographs that may not be passed on: a ring is where a keypoint is, the dot at the end of its
-line where the model says it is.
+The first folder is pretrain.py's, the second that of train.py and evaluate.py. Into the second go
+results.json (PCK of each test category, beside what baselines.py found), pretraining.png, and best.png and
+worst.png, which show photographs that may not be passed on: a ring is where a keypoint is, the dot at the end
+of its line where the model says it is.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def main(argv):
     args = parser.parse_args(argv)
     baselines = args.pretrained.parent / "baselines.json"
     write_results(args.tuned, json.loads(baselines.read_text()) if baselines.exists() else {})
-    draw_curve(args.pretrained / "log.jsonl", args.tuned / "curve.png")
+    draw_curve(args.pretrained / "log.jsonl", args.tuned / "pretraining.png")
     draw_best_and_worst(args.tuned, args.data)
 
 

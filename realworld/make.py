@@ -12,8 +12,8 @@ from pathlib import Path
 
 from common import run
 
-TUNING = ("--split 2 --image-size 112 --tune-vit frozen --epochs 2 --pack --batch 16 --micro-batch 8 "
-          "--lr 1e-3 --warmup 0.1 --workers 0 --save-every 20").split()
+TUNING = ("--split 2 --image-size 112 --tune-vit frozen --epochs 1 --pack --batch 16 --micro-batch 8 "
+          "--lr 1e-3 --warmup 0.1 --workers 0 --save-every 10").split()
 
 
 def do(module, *arguments):
@@ -29,7 +29,7 @@ def main(argv):
     parser.add_argument("--data", type=Path, default="data/realworld", help="where MP-100's layout goes")
     parser.add_argument("--out", type=Path, default="runs/realworld")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1600, help="of pre-training")
+    parser.add_argument("--steps", type=int, default=1250, help="of pre-training")
     args = parser.parse_args(argv)
     data, out = ["--data", args.data], args.out
     do("-m realworld.data", *args.folders, "--out", args.data)
