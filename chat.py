@@ -89,13 +89,13 @@ class Chat:
             self.tokenizer.encode_special_tokens = True  # "</s>" in a description is text like any other
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
+            # SentencePiece tokenizers put a space before any text; our pieces bring their own
+            first = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+            self.adds_space = first != [] and first[0].startswith("\u2581")
         with reading(Path(directory, "config.json")):
             config = json.loads(Path(directory, "config.json").read_text())
             self.bos, eos = config["bos_token_id"], config["eos_token_id"]
             self.eos = eos[0] if isinstance(eos, list) else eos  # of several, the first
-        # SentencePiece tokenizers put a space before any text; our pieces bring their own
-        first = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1]
-        self.adds_space = first != [] and first[0].startswith("\u2581")
         self.newline = self.encode("\n")
         self.coordinates = self.find_coordinate_format()
 

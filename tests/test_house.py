@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 TEXT = "common lora llama vit chat data model decode train evaluate predict toy".split()
-ROOMS = ["paper", "tools", "toyworld"]
+ROOMS = ["paper", "tools", "toyworld", "realworld"]
 ARROWS = {  # what files of the text import when they are imported
     "lora": "", "llama": "", "vit": "", "common": "", "chat": "common", "data": "chat common",
     "model": "chat common llama lora vit", "decode": "chat common data llama model"}

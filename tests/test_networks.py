@@ -118,7 +118,7 @@ def test_blocks_behind_a_cache_equal_one_pass(base):
             assert [t.shape for t in keys_and_values] == [(2, 2, end, 16)] * 2  # of the key/value heads alone
     close(torch.cat(outputs, dim=1), want)
     assert [*cache.own] == [*whole.own] == [0, 1]
-    close([*map(cache.read, (0, 1))], [*map(whole.read, (0, 1))])
+    close([*map(cache.get, (0, 1))], [*map(whole.get, (0, 1))])
 
 
 def read_padded(llama, cache, blocks):

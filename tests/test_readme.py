@@ -22,7 +22,7 @@ from common import read_json
 from data import parse_descriptions
 from toyworld.creatures import draw_toy
 
-ROOMS = "paper", "tools", "toyworld"
+ROOMS = "paper", "tools", "toyworld", "realworld"
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "REPRODUCE.md")}
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 # What a test shortens: the loops over splits train one split, whose results stand for the others.

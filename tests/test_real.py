@@ -90,7 +90,7 @@ def test_trains_evaluates_and_predicts_on_photographs(real, data, shared, tmp_pa
     train.main(command_line(
         "--data", data, "--descriptions", descriptions, "--llm", real / "llm", "--vit", real / "vit",
         "--image-size", 56, "--pack", "--epochs", 3, "--batch", 2, "--lr", 2e-3, "--warmup", 0,
-        "--dtype", "bf16", "--workers", 0, "--out", tmp_path))
+        "--workers", 0, "--out", tmp_path))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and losses[-1] < 0.9 * losses[0], losses
     weights = read_checkpoint(tmp_path / "ckpt.pt")["model"]
