@@ -123,9 +123,9 @@ def test_readmes_commands_run_and_print_what_it_says(folder):
                 outputs += 1
     assert len(commands) == 13 and outputs == 1
     for file in "ckpt.pt", "report.json", "predictions.json", "predictions.png":
-        assert (folder / "runs/teapots" / file).exists()
-    for picture in "found/creature.png", "runs/crops.png":
-        assert (folder / picture).exists()
+        assert (folder / "runs/name" / file).exists()
+    for file in "found/creature.png", "runs/crops.png", "runs/teapots/ckpt.pt":
+        assert (folder / file).exists()
 
 
 def test_readmes_python_runs(folder):
