@@ -47,7 +47,7 @@ def reading(path, advice=""):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults, but for None and False."""
+    """--help with the defaults, but for None, False and 0."""
 
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help

@@ -152,7 +152,7 @@ def to_rgb(photo):
     if photo.has_transparency_data:
         photo = photo.convert("RGBA")
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-    return photo if photo.mode == "RGB" else photo.convert("RGB")  # which would copy it
+    return photo if photo.mode == "RGB" else photo.convert("RGB")  # convert() would copy it
 
 
 def average_blocks(photo, shrink, side, size):
@@ -167,7 +167,7 @@ def inside(points):
 
 
 def crop_of(instance, scale=1.0, angle=0.0):
-    """The square around the instance's box whose side is the box's longer side."""
+    """The square around the instance's box, `scale` times its longer side wide, turned by `angle`."""
     x, y, w, h = instance.box
     return Crop(x + w / 2, y + h / 2, max(w, h) * scale, angle)
 
@@ -223,14 +223,15 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False, group=group_keypoints
     for i, instance in enumerate(instances, 1):
         rng = np.random.default_rng((seed, epoch, i))
         groups = group(len(instance.keypoints), rounds, rng)
-        for j, together in enumerate([groups] if pack else [[one] for one in groups], 1):
+        parts = [groups] if pack else [[indices] for indices in groups]  # the conversations of each example
+        for j, part in enumerate(parts, 1):
             scale = min(max(rng.normal(1, 0.3), 0.7), 1.3)
             angle = math.radians(rng.uniform(-40, 40)) if rng.random() < 0.5 else 0.0
             crop = crop_of(instance, scale, angle)
             shown = instance.visible & inside(crop.from_photo(instance.keypoints))
-            asked = [[k for k in of_group if shown[k]] for of_group in together]
+            asked = [[k for k in indices if shown[k]] for indices in part]
             if any(asked):
-                asked = [of_group for of_group in asked if of_group]
+                asked = [indices for indices in asked if indices]
                 examples.append(Example(instance, crop, asked, (seed, epoch, i, j)))
     order = np.random.default_rng((seed, epoch)).permutation(len(examples))
     return [examples[i] for i in order]

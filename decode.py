@@ -10,12 +10,14 @@ tokens up to the last digit. But most of these are known in advance. Three passe
     pass 3   123,0.                                  what was chosen, and what follows it
              predicts: 456                           y, one of a thousand
 
-(A tokenizer that spells digits one by one needs a pass for each digit.) The known tokens are a guess at what
+(A tokenizer that spells digits one by one needs a pass for each digit. Questions of very different lengths
+are asked in groups, each with passes 2 and 3 of its own.) The known tokens are a guess at what
 the model would say. The hidden states of the same passes tell whether it would, and where it would not the
 question is asked again token by token. So the answers are those of greedy decoding, token by token.
 
 Each choice is made from a distribution over numbers, which says more than its likeliest one: see
-make_prediction(). Letters: P photos, R rows (one question each), n tokens, D width.
+make_prediction(). Letters: P photos, R rows (one question each), T tokens of
+the longest block, n tokens at its end, D width.
 `python decode.py` runs both ways side by side.
 """
 
@@ -140,7 +142,7 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False):
     -> for each photo a list of Predictions, one for each question. decode: see make_prediction().
     constrained: keep all answers to the format, so that none is malformed.
     """
-    # what all begin with, but for the last token, so that each has one left to read
+    # the start that all questions share; at least one token of each stays to be read after it
     common = os.path.commonprefix([question[:-1] for of_photo in questions for question in of_photo])
     photos = prefill(model, images, [chat.bos, *common])
     rest = [[question[len(common):] for question in of_photo] for of_photo in questions]
@@ -282,9 +284,7 @@ def check_decoding(chat, decode, constrained=False):
 
 if __name__ == "__main__":
     toy = Path(__file__).parent / "assets/toy"
-    checkpoint = read_checkpoint(toy / "ckpt.pt")
-    model, chat = load_network(Namespace(**checkpoint["args"] | {"vit": toy / "vit", "llm": toy / "llm"}))
-    load_weights(model.eval(), checkpoint, toy / "ckpt.pt")
+    model, chat, _ = load_trained(toy / "ckpt.pt", "cpu", toy / "llm", toy / "vit")
     # the creature's box is 70,52,125,112
     image = normalize(Crop(70 + 125 / 2, 52 + 112 / 2, 125).cut(toy / "creature.jpg", 112)[None])
     asked = ["the knob on the antenna that is purple", "the sharp end of the green horn", "the orange heart"]

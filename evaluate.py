@@ -1,6 +1,6 @@
 """PCK, the metric of MP-100, and asking a checkpoint about a split (paper, section 4.1; Tables 2 to 9).
 
-    python evaluate.py runs/split1/ckpt.pt                  all it needs is in the checkpoint; torchrun works
+    python evaluate.py runs/split1/ckpt.pt                  the checkpoint says where data and weights are
     python evaluate.py --score predictions.json --split 1   only the metric, without network and photographs
 
 PCK@t is the share of an object's visible keypoints that are predicted closer than t times the longer side of
@@ -53,12 +53,12 @@ def find_hits(instance, points):
 
 
 def share(hits, counted):
-    """How many of the keypoints that count, a bool (K,), are hit; 0 if none counts -> (5,)."""
+    """hits (5, K) -> the share hit of those keypoints that count, a bool (K,): (5,), 0 if none counts."""
     return hits[:, counted].sum(1) / max(1, counted.sum())
 
 
 def pck_of_queries(instances, predicted):
-    """Every object once -> (N, 5)."""
+    """The PCK of each object, over its visible keypoints -> (N, 5)."""
     return np.array([share(find_hits(o, points), o.visible) for o, points in zip(instances, predicted)])
 
 
@@ -285,13 +285,14 @@ def main(argv):
     facts["malformed"] = sum(point is None for of_photo in points for point in of_photo)
     report = make_report(instances, points, categories, annotations, args.protocol, **facts)
     print_report(report)
-    write_json(args.report or out / "report.json", report)
+    path = args.report or out / "report.json"
+    write_json(path, report)
     write_json(out / "predictions.json", [
         {"annotation_id": o.annotation_id, "keypoints": p, "confidence": [v and round(v, 2) for v in c]}
         for o, p, c in zip(instances, points, confidences)])
     from tools.draw import draw_sheet
     draw_sheet(out / "predictions.png", instances, points, categories, images, confidences)
-    print(f"wrote {out}/report.json, predictions.json, predictions.png")
+    print(f"wrote {path}, {out}/predictions.json and {out}/predictions.png")
 
 
 def ask_checkpoint(args, checkpoint, instances, categories, images, out):

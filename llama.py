@@ -291,7 +291,6 @@ def read_config(path):
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     llama = Llama.load(Path(__file__).parent / "assets/toy/llm")
     tokens = torch.tensor([[1, 5, 6, 7]])
     hidden = llama(llama.embed_tokens(tokens))

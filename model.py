@@ -35,8 +35,8 @@ class CapeLLM(nn.Module):
         self.projection = nn.Linear(vit.config.hidden_size, llama.config.hidden_size)
 
     def see(self, images):
-        """Normalised photos (B, 3, h, w) -> image tokens (B, N, D) (equations 1 and 2)."""
-        features = self.vit(images.to(self.vit.pos_embed.dtype))  # (B, N, width of the ViT)
+        """Normalised photos (P, 3, h, w) -> image tokens (P, N, D) (equations 1 and 2)."""
+        features = self.vit(images.to(self.vit.pos_embed.dtype))  # (P, N, width of the ViT)
         dtype = self.llama.norm.weight.dtype
         return F.linear(features.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
@@ -67,8 +67,8 @@ class CapeLLM(nn.Module):
         # Nine positions in ten are photo and questions, and each row of logits is a product with the whole
         # vocabulary. So logits are made only where there is something to learn.
         rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (R,) each
-        targets, counts = labels[:, 1:][rows, columns], rows.bincount()  # (R,), and (B,) of a conversation
-        weights = 1 / (counts[rows] * (counts > 0).sum())  # (R,), of a mean of means
+        targets, counts = labels[:, 1:][rows, columns], rows.bincount(minlength=len(labels))  # (R,), (B,)
+        weights = 1 / (counts[rows] * (counts > 0).sum())  # (R,), a mean of means
         rows, columns, targets, weights = (
             t.to(hidden.device, non_blocking=True) for t in (rows, columns, targets, weights))
         return (self.losses(hidden[rows, columns], targets) * weights).sum()
@@ -118,8 +118,8 @@ def adapt(network, tune, names):
 def load_network(args, device="cpu", dtype=None):
     """A network of published weights with fresh adapters, and the Chat that belongs to it.
 
-    args: train.py's arguments. Used are vit, llm, image_size, seed, tune_vit and tune_llm ("frozen", "lora",
-    the paper's, or "full"), and for the paper's other tables instruction, answer and pretrain. dtype: of
+    args: train.py's arguments. Used are vit, llm, image_size, seed, tune_vit and tune_llm ("frozen", "full"
+    or, as in the paper, "lora"), and for the paper's other tables instruction, answer and pretrain. dtype: of
     frozen weights and of computing, "fp32" or "bf16"; by default bf16 on CUDA, fp32 elsewhere. What trains is
     fp32 and requires grad. InputError names the file that cannot be used.
     """

@@ -33,17 +33,18 @@ DESCRIPTIONS = Path(__file__).parent / "descriptions.json"
 
 @dataclass(frozen=True)
 class Found:
-    """A keypoint in a photo. x, y and distributions are None where the answer held no coordinates.
+    """A keypoint in a photo. x and y are None where the answer held no coordinates.
 
     The distributions say how likely x lies in each of 1,000 upright strips of the square around the box, from
-    left to right, and y in each of 1,000 level ones, from top to bottom. A model of <KEYPOINT> has neither.
+    left to right, and y in each of 1,000 level ones, from top to bottom. They and the confidence are None
+    where an answer was not in the usual format, and always for a model of <KEYPOINT>.
     """
 
-    x: float  # pixels of the photo
-    y: float
-    confidence: float  # 0 to 1: how much of the distributions lies within a tenth of the square around (x, y)
-    x_distribution: np.ndarray = field(repr=False)  # (1000,)
-    y_distribution: np.ndarray = field(repr=False)
+    x: float | None  # pixels of the photo
+    y: float | None
+    confidence: float | None  # 0 to 1: how much of the distributions is within a tenth of the square of (x, y)
+    x_distribution: np.ndarray | None = field(repr=False)  # (1000,)
+    y_distribution: np.ndarray | None = field(repr=False)
     square: tuple  # left, top, side of the square in pixels of the photo
 
 

@@ -82,7 +82,7 @@ def print_table(out, others):
         places = [means[without_ordinal(name)] for name, _ in categories[instance.category_id].keypoints]
         return crop_of(instance).to_photo(places).tolist()
 
-    def ask_for_others(instance):
+    def score_on_others(instance):
         order = others[instance.category_id]
         return replace(instance, keypoints=instance.keypoints[order], visible=instance.visible[order])
 
@@ -94,7 +94,7 @@ def print_table(out, others):
         "CapeLLM": (unseen, read(out)),
         "CapeLLM, median of the distributions": (unseen, read(out / "median")),
         "asked with another keypoint's description": (unseen, asked := read(out / "other_text")),
-        "the same answers, scored on that other keypoint": ([ask_for_others(o) for o in unseen], asked),
+        "the same answers, scored on that other keypoint": ([score_on_others(o) for o in unseen], asked),
         "mean place of keypoints of that name": (unseen, [guess(o) for o in unseen])}
     print(f"\n{'toy categories never seen, % of keypoints found':50}"
           f"{'PCK@0.05':>10}{'PCK@0.1':>10}{'PCK@0.2':>10}{'mPCK':>10}")

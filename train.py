@@ -69,7 +69,7 @@ def make_parser():
     add("--tune-vit", choices=["frozen", "lora", "full"], default="lora", help="what trains of it: Table 4")
     add("--tune-llm", choices=["frozen", "lora", "full"], default="lora", help="what of the LLM trains")
     add("--instruction", default="description", metavar="NAME", help="Tables 3, 6, 7")
-    add("--answer", choices=["text", "token"], default="text", help="Table 8: or read off <KEYPOINT>")
+    add("--answer", choices=["text", "token"], default="text", help="Table 8: text, or read off <KEYPOINT>")
     add("--pretrain", choices=["direct", "step"], help="Table 9: train the projection alone")
     add = parser.add_argument_group("data and results").add_argument
     add("--data", default="data/mp100", metavar="DIR", help="MP-100, or what tools/own.py made")

@@ -101,7 +101,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Names of modules as in the original release, but for q, k and v."""
+    """Names of modules as in the original release, but for q, k, v and patch_embed."""
 
     def __init__(self, config=ViTConfig()):
         super().__init__()
@@ -188,7 +188,7 @@ def read_config(path):
     return ViTConfig(**fields | {"num_attention_heads": raw["num_attention_heads"]})
 
 
-# The hub's names -> the original release's, replaced one after another in this order.
+# Names in the hub's files, and last one of the original release's -> ours, replaced in this order.
 RENAMES = [
     ("embeddings.patch_embeddings.projection.", "patch_embed."),
     ("embeddings.position_embeddings", "pos_embed"),
