@@ -11,14 +11,13 @@ tokens up to the last digit. But most of these are known in advance. Three passe
              predicts: 456                           y, one of a thousand
 
 (A tokenizer that spells digits one by one needs a pass for each digit. Questions of very different lengths
-are asked in groups, each with passes 2 and 3 of its own.) The known tokens are a guess at what
-the model would say. The hidden states of the same passes tell whether it would, and where it would not the
-question is asked again token by token. So the answers are those of greedy decoding, token by token.
+are asked in groups, each with passes 2 and 3 of its own.) The known tokens are a guess at what the model
+would say. The hidden states of the same passes tell whether it would, and where it would not the question is
+asked again token by token. So the answers are those of greedy decoding, token by token.
 
 Each choice is made from a distribution over numbers, which says more than its likeliest one: see
-make_prediction(). Letters: P photos, R rows (one question each), T tokens of
-the longest block, n tokens at its end, D width.
-`python decode.py` runs both ways side by side.
+make_prediction(). Letters: P photos, R rows (one question each), T tokens of the longest block, n tokens at
+its end, D width. `python decode.py` runs both ways side by side.
 """
 
 import os

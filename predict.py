@@ -42,7 +42,7 @@ class Found:
 
     x: float | None  # pixels of the photo
     y: float | None
-    confidence: float | None  # 0 to 1: how much of the distributions is within a tenth of the square of (x, y)
+    confidence: float | None  # 0 to 1: the share of the distributions within a tenth of the square
     x_distribution: np.ndarray | None = field(repr=False)  # (1000,)
     y_distribution: np.ndarray | None = field(repr=False)
     square: tuple  # left, top, side of the square in pixels of the photo
