@@ -79,9 +79,8 @@ def pretrain_step_by_step(scene):
     return conversation
 
 
-INSTRUCTIONS = {"description": ask_with_description, "authors": ask_as_the_authors, "name": ask_by_name,
-                "list": ask_after_list,
-                "diverse": ask_diversely, "outline": ask_after_outline,
+INSTRUCTIONS = {"description": ask_with_description, "name": ask_by_name, "list": ask_after_list,
+                "authors": ask_as_the_authors, "diverse": ask_diversely, "outline": ask_after_outline,
                 "diverse-outline": ask_diversely_after_outline, "step": ask_step_by_step}
 PRETRAINING = {"direct": pretrain_directly, "step": pretrain_step_by_step}
 
