@@ -67,7 +67,8 @@ TURNS = {  # questions and answers of a conversation about ASKED
     "list": [(NAMES + WHERE_RIM, AT_RIM), (WHERE_EAR, AT_EAR)],
     "authors": [(f"User: Where is the {name} of this object in this image? Please provide its coordinates.\n"
                  f"Reference: {text}\nAssistant:", point)
-                for name, text, point in (("rim", "where one drinks.", AT_RIM), ("left ear", "its handle", AT_EAR))],
+                for name, text, point in (("rim", "where one drinks.", AT_RIM),
+                                          ("left ear", "its handle", AT_EAR))],
     "outline": OUTLINED,
     "diverse-outline": OUTLINED,
     "step": [(WHAT, "tea cup"), *PLAIN],
