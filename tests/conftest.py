@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from tokenizers import (
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from chat import IGNORE, Chat  # noqa: E402
+from chat import IGNORE, AnswerFormat, Chat  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from model import CapeLLM, adapt  # noqa: E402
 from vit import ViT, ViTConfig  # noqa: E402
@@ -181,3 +183,40 @@ def runs(tokens, labels):
     learned = [label != IGNORE for label in labels]
     edges = [i for i in range(1, len(tokens)) if learned[i] != learned[i - 1]]
     return [tokens[start:end] for start, end in zip([0, *edges], [*edges, len(tokens)])]
+
+
+class MadeUpChat:
+    """A Chat of token numbers without texts, whose format is made up, with `n` choices a coordinate.
+
+    With n = 1 a choice is from 250 tokens, with n = 3 from ten; their ids are in no order. Every answer in
+    the format is the same point.
+    """
+
+    def __init__(self, n, instruction=None):
+        self.bos, self.eos, self.newline, self.instruction = 1, 2, [3], instruction
+        more, digits = [[]] * (n - 1), [*range(100, 350 if n == 1 else 110)]
+        random.Random(0).shuffle(digits)
+        self.coordinates = AnswerFormat([[10, 11], *more, [12, 11], *more], digits, [13, 2], 4 + 2 * n)
+
+    def encode(self, text):
+        return [20, 21, 22]
+
+    def learn(self, answer):
+        """Makes the format that of this answer: an untrained network's own, to which it keeps."""
+        known, chosen = self.split(answer)
+        others = [token for token in range(20, 512) if token not in chosen]
+        digits = [*dict.fromkeys(chosen), *others][:len(self.coordinates.digits)]
+        self.coordinates = replace(self.coordinates, known=known, digits=digits)
+
+    def split(self, answer):
+        """An answer as long as the format -> the tokens before each choice, and the choices."""
+        rest = iter(answer)
+        parts = [([next(rest) for _ in known], next(rest)) for known in self.coordinates.known]
+        return [known for known, _ in parts], [choice for _, choice in parts]
+
+    def parse(self, answer):
+        form = self.coordinates
+        if not form.known or len(answer) != form.max_tokens:
+            return None
+        known, chosen = self.split(answer)
+        return (0.25, 0.75) if known == form.known and {*chosen} <= {*form.digits} else None
