@@ -143,7 +143,7 @@ def test_what_the_file_lacks_is_made_of_the_points_and_photos(tmp_path, make):
     contents["annotations"][2] |= {"bbox": [0, 0, 0, 0], "area": 0, "num_keypoints": 3}  # as COCO Annotator's
     contents["annotations"][0] |= {"bbox": [20, 22, 30, 18]}  # as CVAT's
     [line] = make(contents)
-    assert line.startswith("files whose boxes are the mere extent of the points; a margin of an eighth is added")
+    assert line.startswith("files whose boxes are the mere extent of the points")
     one, two, three = layout(tmp_path / "data")
     assert one["points"] == {"spout": (20, 30, 2), "lid knob": (36, 22, 2), "Handle": (50, 40, 1)}
     assert one["bbox"] == [16.25, 18.25, 37.5, 25.5]  # 30 x 18 pixels and an eighth of 30 on each side

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import sys
 from argparse import Namespace
@@ -11,7 +10,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mp100 import KITE
 from PIL import Image
 from programs import command_line, know_answers, read_results, refused, train_briefly
@@ -21,8 +19,7 @@ import evaluate
 import predict
 from common import InputError, read_json
 from data import Crop
-from predict import Locator, find_set, make_category, parse_box, parse_keypoints
-from tools import photos
+from predict import Locator, find_set, make_category, parse_keypoints
 
 TIP = ["-k", "tip: the upper end"]
 SETS = {"eyes": make_category([("left eye", "the one: on the left, of two")]),
@@ -60,6 +57,7 @@ def photo(kite_photos):
 
 @pytest.fixture
 def answered(monkeypatch):
+    monkeypatch.setattr("tools.results.draw_found", lambda *_: Image.new("RGB", (9, 9)))  # which takes long
     return know_answers(monkeypatch)
 
 
@@ -94,33 +92,27 @@ def test_keypoints_are_split_where_a_name_begins(text, expected):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("eye", '"eye": no such set of keypoints; did you mean eyes'), ("eyess", "did you mean eyes"),
-    ("zzz", '"zzz": no such set of keypoints; --list shows those there are; or describe each: "name: '),
+    ("eye", '"eye": no such set of keypoints; did you mean eyes'), ("zzz", "--list shows those there are"),
     ("nose,left eye: the eye on the left", 'keypoint "nose" has no description: write "name: where it is"'),
     ("nose; left eye: the eye on the left", 'keypoint "nose" has no description: write "name: where it is"'),
-    ("eye:, nose: tip", "lacks a name or a description"), (": the tip", "lacks a name or a description"),
-    (";: ;", "lacks a name or a description"), ("eye: left; eye: right", 'two keypoints are named "eye"'),
-    ("nowhere.json", "nowhere.json: no such file"), ("nowhere.txt", "nowhere.txt: no such file"),
-    (["tip"], 'keypoints are {"name"'), (None, 'keypoints are {"name"'), ({}, "no keypoint is asked for"),
-    ({"tip": None}, "None is not a text"), ({3: "the end"}, "3 is not a text")])
+    ("eye:, nose: tip", "lacks a name or a description"), (";: ;", "lacks a name or a description"),
+    ("eye: left; eye: right", 'two keypoints are named "eye"'), ("nowhere.txt", "nowhere.txt: no such file"),
+    (None, 'keypoints are {"name"'), ({}, "no keypoint is asked for"), ({"tip": None}, "None is not a text")])
 def test_keypoints_that_are_not_understood(text, message):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=re.escape(message)):
         parse_keypoints(text, SETS)
-    assert message in str(error.value)
 
 
 def test_keypoints_from_files(tmp_path):
     def read(name, content):
         (tmp_path / name).write_text(content, encoding="utf-8")
         return parse_keypoints(str(tmp_path / name), SETS).keypoints
-    assert read("k.json", json.dumps({"nose": "the tip", "eye: left": "above; beside"})) == [
+    assert read("k.json", '\ufeff{"nose": "the tip", "eye: left": "above; beside"}') == [
         ("nose", "the tip"), ("eye: left", "above; beside")]
-    for name, mark in ("k.txt", ""), ("K.TXT", ""), ("marked.txt", "\ufeff"):
+    for name, mark in ("k.txt", ""), ("K.TXT", "\ufeff"):
         assert read(name, f"{mark}nose: the tip, black: shiny\n\neye: above; beside\n") == [
             ("nose", "the tip, black: shiny"), ("eye", "above; beside")]
-    assert read("marked.JSON", '\ufeff{"nose": "the tip"}') == [("nose", "the tip")]
     for name, content, message in (("k.json", "{}", "no keypoint is asked for"), ("k.json", "{", "cannot be"),
-                                   ("k.json", "[]", "holds a list, not"), ("k.json", '{"nose": 3}', "3 is"),
                                    ("k.txt", "nose: the tip\neye\n", 'keypoint "eye" has no description')):
         with pytest.raises(InputError, match=f"^{tmp_path / name}: {message}"):
             read(name, content)
@@ -130,21 +122,12 @@ def test_the_checkpoint_knows_its_own_sets_beside_those_of_descriptions_json(kit
     assert kites.sets["kite"].keypoints == KITE.keypoints
     assert len(kites.sets["person"].keypoints) == 17
     assert kites.sets["horse_body"].keypoints == kites.sets["animal_body"].keypoints
-    assert kites.sets["animal_body"].name == "animal_body"
-
-
-@pytest.mark.parametrize("name, meant", [
-    ("cat", "did you mean cat_body? Or"), ("dog", "did you mean dog_body? Or"), ("human", "--list shows"),
-    ("human face", "did you mean face? Or"), ("kites", "did you mean kite? Or"),
-    ("Polar-Bear", "did you mean polar_bear_body? Or")])
-def test_suggestions_share_a_word_with_what_was_asked(kites, name, meant):
-    with pytest.raises(InputError, match=re.escape(meant)):
-        find_set(name, kites.sets)
-
-
-def test_upper_and_lower_case_are_the_same(kites):
     assert find_set("Person", kites.sets) == kites.sets["person"]
     assert find_set("cat Body", kites.sets).keypoints == kites.sets["animal_body"].keypoints
+    for name, meant in (("cat", "did you mean cat_body? Or"), ("human face", "did you mean face? Or"),
+                        ("Polar-Bear", "did you mean polar_bear_body? Or"), ("human", "--list shows")):
+        with pytest.raises(InputError, match=re.escape(meant)):
+            find_set(name, kites.sets)
 
 
 # ---------------------------------------------------------------------------------------------------- Locator
@@ -199,12 +182,6 @@ def test_photos_in_one_pass_are_answered_as_one_by_one(kites, kite_photos, const
             kites(*slip)
 
 
-def test_words_may_be_given_as_a_text(kites, photo, constrained):
-    asked = {"tip": "the upper end", "tail": "below; far"}
-    assert places(kites(photo, "tip: the upper end\ntail: below, far")) == places(
-        kites(photo, asked | {"tail": "below, far"}))
-
-
 def test_without_a_box_the_whole_photo_is_looked_at(kites, photo):
     points = kites(photo, "kite")
     assert points["tip"].square == (0, -15, 110)
@@ -214,7 +191,7 @@ def test_without_a_box_the_whole_photo_is_looked_at(kites, photo):
     assert kites(photo, "kite", (109, 79, 9, 9))["tip"].square == (109, 79, 9)
 
 
-@pytest.mark.parametrize("orientation", [3, 6, 8, 0, 9, 77])
+@pytest.mark.parametrize("orientation", [3, 6, 8, 9])
 def test_a_phones_photo_is_turned_upright(kites, constrained, tmp_path, orientation):
     """A photo with an EXIF turn gives the answers of the photo that a viewer shows."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
@@ -222,29 +199,8 @@ def test_a_phones_photo_is_turned_upright(kites, constrained, tmp_path, orientat
     exif[0x0112] = orientation
     lying.save(tmp_path / "phone.png", exif=exif)
     upright = lying.transpose(TURN[orientation]) if orientation in TURN else lying
-    assert np.array_equal(photos.open_photo(tmp_path / "phone.png"), upright)
     box = (5, 10, 50, 40)
     assert places(kites(tmp_path / "phone.png", "kite", box)) == places(kites(upright, "kite", box))
-
-
-def test_what_is_transparent_lies_on_white(tmp_path):
-    clear = np.zeros((4, 4, 4), np.uint8)  # black, were it not transparent
-    clear[1, 1] = 9, 8, 7, 255
-    Image.fromarray(clear).save(tmp_path / "cutout.png")
-    Image.fromarray(clear[..., [0, 3]], "LA").save(tmp_path / "grey.png")
-    Image.fromarray(clear).quantize(4).save(tmp_path / "palette.png")
-    for name, dot in ("cutout.png", [9, 8, 7]), ("grey.png", [9, 9, 9]), ("palette.png", [9, 8, 7]):
-        pixels = np.array(photos.open_photo(tmp_path / name))
-        assert pixels[1, 1].tolist() == dot and (pixels[0] == 255).all()
-
-
-def test_deep_pixels_are_scaled_or_refused(tmp_path):
-    Image.fromarray(np.full((9, 9), 257 * 100, np.uint16)).save(tmp_path / "16.png")
-    assert (np.array(photos.open_photo(tmp_path / "16.png")) == 100).all()
-    for kind in np.int32, np.float32:
-        Image.fromarray(np.full((9, 9), 70000, kind)).save(tmp_path / "32.tif")
-        with pytest.raises(InputError, match="32.tif: cannot be read .*32 bits"):
-            photos.open_photo(tmp_path / "32.tif")
 
 
 def test_large_photos_are_averaged_as_in_an_evaluation(kites, tmp_path):
@@ -256,21 +212,19 @@ def test_large_photos_are_averaged_as_in_an_evaluation(kites, tmp_path):
     assert torch.equal(pixels, crop.cut(tmp_path / "large.png", 56))
 
 
-def test_backbones_may_have_moved_or_be_beside_the_program(folder, photo, tiny, tmp_path, monkeypatch):
+def test_backbones_may_have_moved(folder, photo, tiny, tmp_path):
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
     checkpoint["args"] |= {"llm": "gone/llm", "vit": "gone/vit"}
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="gone/"):
         Locator(tmp_path / "ckpt.pt")
     assert Locator(tmp_path / "ckpt.pt", llm=tiny / "llm", vit=tiny / "vit")(photo, "kite")
-    monkeypatch.chdir(tmp_path)  # from where the toy's own backbones, assets/toy/..., are not seen
-    assert Locator(ROOT / "assets/toy/ckpt.pt")(photo, {"tip": "the sharp end"})
 
 
 @pytest.mark.parametrize("box, says", [
     *((box, "lies outside the photo, which is 110 x 80 pixels, or is empty") for box in (
-        (110, 0, 9, 9), (0, 80, 9, 9), (-9, 0, 9, 9), (0, -9, 9, 9), (0, 0, 9, 0), (0, 0, 0, 9),
-        (500, 0, 9, 9), (float("nan"), 0, 9, 9), (0, 0, float("inf"), 9), (-float("inf"), 0, 9, 9))),
+        (110, 0, 9, 9), (0, 80, 9, 9), (-9, 0, 9, 9), (0, -9, 9, 9), (0, 0, 9, 0), (float("nan"), 0, 9, 9),
+        (0, 0, float("inf"), 9))),
     ((1, 2, 3), "box (1, 2, 3) is not x, y, width and height, four numbers"), (7, "box 7 is not x, y"),
     (("a", 2, 3, 4), "is not x, y, width and height")])
 def test_boxes_that_are_none(kites, photo, box, says):
@@ -279,7 +233,7 @@ def test_boxes_that_are_none(kites, photo, box, says):
 
 
 def test_what_is_no_photo_is_refused(kites, tmp_path):
-    for content in b"GIF89a", b"P6 3 x 255 ", b"P6 90000 90000 255 ":
+    for content in b"GIF89a", b"P6 90000 90000 255 ":
         (tmp_path / "photo").write_bytes(content)
         with pytest.raises(InputError, match=f"^{tmp_path}/photo: cannot be read .*save it as JPEG or PNG"):
             kites(tmp_path / "photo", "kite")
@@ -287,12 +241,8 @@ def test_what_is_no_photo_is_refused(kites, tmp_path):
             kites(content, "kite")
     with pytest.raises(InputError, match="nowhere.jpg: no such photo"):
         kites("nowhere.jpg", "kite")
-    for pixels in (np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8), torch.zeros(3, 9, 9),
-                   torch.zeros(3, 9, 9, dtype=torch.bfloat16), torch.zeros(3, 9, 9, dtype=torch.int64)):
+    for other in np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8), torch.zeros(3, 9, 9), 7, None:
         with pytest.raises(InputError, match="is not a photo; .h, w, 3. of uint8 is|cannot be read"):
-            kites(pixels, "kite")
-    for other in 7, None, object():
-        with pytest.raises(InputError):
             kites(other, "kite")
     for shape in (60, 90), (60, 90, 4):
         assert kites(np.zeros(shape, np.uint8), "kite").keys() == {"tip", "tail", "left corner"}
@@ -393,28 +343,18 @@ def test_the_page_is_served_where_it_was_asked_for(folder, monkeypatch):
     assert isinstance(locator, Locator) and where == [81, "0.0.0.0"]
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (["--box", "1,2,3"], 'box "1,2,3": write x, y, width, height, four numbers'),
-    (["--box", "a,b,c,d"], 'box "a,b,c,d": write x, y, width, height, four numbers'),
-    *(([f"--box={box}"], "lies outside the photo, which is 110 x 80 pixels") for box in (
-        "0,0,0,9", "500,0,9,9", "nan,0,9,9", "0,0,inf,9", "0,0,9,inf", "-inf,0,9,9")),
-    (["--out", "README.md/out"], "README.md/out: cannot be made"), (["--llm", "nowhere"], "nowhere/"),
-    (["--keypoints", "kite"], "say what to find"), (["--boxes", "nowhere.json"], "nowhere.json: no such"),
-    (["-k", "eye"], 'keypoint "eye" has no description'), (["-k", "tip: again"], 'two keypoints are named'),
-    (["--batch", "0"], "--batch"), (["nowhere.jpg", "--out", "x"], "nowhere.jpg: no such photo")])
-def test_a_users_slips_are_one_clear_line(folder, photo, wrong, message):
-    given = photo.parent if "--boxes" in wrong else photo
-    more = [wrong.pop(0)] if wrong[0] == "nowhere.jpg" else []
-    assert message in refused(predict, [folder / "ckpt.pt", *(more or [given]), *TIP, *wrong])
-
-
-def test_what_is_missing_is_one_clear_line(folder, kite_photos, tmp_path):
-    checkpoint = folder / "ckpt.pt"
-    assert f"{tmp_path}: no photo in this folder" in refused(predict, [checkpoint, tmp_path, *TIP])
-    assert "give a photo" in refused(predict, [checkpoint, *TIP])
-    assert "say what to find" in refused(predict, [checkpoint, kite_photos])
-    twice = [checkpoint, kite_photos, kite_photos, *TIP]
-    assert "--box is for one" in refused(predict, [*twice, "--box=1,1,9,9"])
-    assert "the one folder" in refused(predict, [*twice, "--boxes", "a.json"])
-    assert "did you mean kite" in refused(predict, [checkpoint, kite_photos, "--keypoints", "kites"])
-    assert parse_box(" ") is None and parse_box("1,-2,3.5,4") == (1, -2, 3.5, 4)
+@pytest.mark.parametrize("arguments, message", [
+    ("PHOTO -k tip:up --box 1,2,3", 'box "1,2,3": write x, y, width, height, four numbers'),
+    ("PHOTO -k tip:up --box=nan,0,9,9", "lies outside the photo, which is 110 x 80 pixels"),
+    ("PHOTO -k tip:up --out README.md/out", "README.md/out: cannot be made"),
+    ("PHOTO -k tip:up --llm nowhere", "nowhere/"), ("PHOTO -k tip:up --batch 0", "--batch"),
+    ("PHOTO -k tip:up --keypoints kite", "say what to find"), ("PHOTO", "say what to find"),
+    ("PHOTO -k eye", 'keypoint "eye" has no description'), ("PHOTO --keypoints kites", "did you mean kite"),
+    ("PHOTO -k tip:up -k tip:down", "two keypoints are named"), ("-k tip:up", "give a photo"),
+    ("nowhere.jpg -k tip:up", "nowhere.jpg: no such photo"), ("EMPTY -k tip:up", "no photo in this folder"),
+    ("FOLDER --boxes nowhere.json", "nowhere.json: no such"),
+    ("FOLDER FOLDER -k tip:up --box=1,1,9,9", "--box is for one"),
+    ("FOLDER FOLDER -k tip:up --boxes a.json", "the one folder")])
+def test_a_users_slips_are_one_clear_line(folder, photo, tmp_path, arguments, message):
+    paths = {"PHOTO": photo, "FOLDER": photo.parent, "EMPTY": tmp_path}
+    assert message in refused(predict, [folder / "ckpt.pt", *(paths.get(a, a) for a in arguments.split())])
