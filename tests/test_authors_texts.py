@@ -53,21 +53,17 @@ def assert_all_there(theirs, with_names=True):
     assert len(parse_descriptions(theirs, "theirs.json")) == 100
 
 
-def test_one_dictionary_a_file(tmp_path, capsys):
-    assert_all_there(convert(write(tmp_path, one_file_each())))
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 29
-    assert said[2].split() == ["bird", "bird/DESCRIPTIONS", "(15)"]
+SHAPES = {
+    "a dictionary a file": (one_file_each(), True),
+    "pairs": ({"texts.py": {f"{s.upper()}_KEYPOINTS": list(texts(s).items()) for s in SETS}}, True),
+    "lists, which get our names": (
+        {f"{s}_v4.py": {"names": SETS[s], "texts": list(texts(s).values())} for s in SETS}, False)}
 
 
-def test_pairs(tmp_path):
-    files = {"texts.py": {f"{s.upper()}_KEYPOINTS": list(texts(s).items()) for s in SETS}}
-    assert_all_there(convert(write(tmp_path, files)))
-
-
-def test_lists_get_our_names(tmp_path):
-    files = {f"{s}_v4.py": {"names": SETS[s], "texts": list(texts(s).values())} for s in SETS}
-    assert_all_there(convert(write(tmp_path, files)), with_names=False)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_texts_are_found_in_every_shape(tmp_path, shape):
+    files, with_names = SHAPES[shape]
+    assert_all_there(convert(write(tmp_path, files)), with_names)
 
 
 def test_by_category(tmp_path):
@@ -78,38 +74,14 @@ def test_by_category(tmp_path):
     assert_all_there(convert(write(tmp_path, files)))
 
 
-def test_without_a_label_names_or_the_size_must_tell(tmp_path):
-    """Three sets have 10 keypoints: one table says whose it is, one has our names, the last is left over."""
-    files = one_file_each()
-    files["a.py"] = files.pop("bed.py")
-    files["b.py"] = {"TEXTS": dict(zip(SETS["chair"], texts("chair").values()))}
-    del files["chair.py"]
-    theirs = convert(write(tmp_path, files))["keypoint_sets"]
-    assert [k["name"] for k in theirs["bed"]] == list(texts("bed"))
-    assert [k["name"] for k in theirs["chair"]] == SETS["chair"]
-
-
-def test_names_that_two_sets_share_do_not_tell(tmp_path):
-    files = one_file_each()
-    for s, label in ("person", "a.py"), ("macaque", "b.py"):
-        del files[f"{s}.py"]
-        files[label] = {"TEXTS": dict(zip(SETS[s], texts(s).values()))}
-    assert "person (17): none; macaque (17): none" in refusal(write(tmp_path, files))
-
-
-def test_files_are_not_run(tmp_path):
+def test_files_are_not_run_and_what_cannot_be_parsed_is_named(tmp_path):
     files = one_file_each()
     files["run.py"] = {"x": "1/0", "DESCRIPTIONS": f"open({str(tmp_path / 'ran')!r}, 'w')"}
     assert_all_there(convert(write(tmp_path, files)))
     assert not (tmp_path / "ran").exists()
-
-
-def test_what_is_missing_is_listed_with_what_is_left_over(tmp_path):
-    files = one_file_each()
-    files["a.py"], files["b.py"] = files.pop("bed.py"), files.pop("chair.py")  # both of 10 texts
-    said = refusal(write(tmp_path, files))
-    assert "bed (10): none" in said and "chair (10): none" in said and "sofa" not in said
-    assert "Left over: a/DESCRIPTIONS (10), b/DESCRIPTIONS (10)" in said
+    (tmp_path / "theirs.json").unlink()
+    (tmp_path / "datasets/descriptions_v4/bad.py").write_text("x = (")
+    assert "bad.py: cannot be read" in refusal(tmp_path)
 
 
 def test_a_wrong_count_is_not_made_to_fit(tmp_path):
@@ -117,21 +89,14 @@ def test_a_wrong_count_is_not_made_to_fit(tmp_path):
     files["hand.py"]["DESCRIPTIONS"].popitem()
     files["face_68.py"] = {"person": texts("face_68")}  # its size is like no other's, but it says person
     said = refusal(write(tmp_path, files))
-    assert "hand (21): none" in said and "face_68 (68): none" in said
-    assert "hand/DESCRIPTIONS (20)" in said and "face_68/person (68)" in said
+    assert "hand (21): none" in said and "face_68 (68): none" in said and "sofa" not in said
+    assert "Left over: face_68/person (68), hand/DESCRIPTIONS (20)" in said
 
 
 def test_two_different_texts_are_refused(tmp_path):
     files = one_file_each()
     files["old.py"] = {"bird": {name: f"Formerly {text}" for name, text in texts("bird").items()}}
     assert "bird (15): bird/DESCRIPTIONS (15), old/bird (15)" in refusal(write(tmp_path, files))
-
-
-@pytest.mark.parametrize("content", ["x = (", "\0", "x = " + "[" * 5000])
-def test_broken_files_are_named(tmp_path, content):
-    clone = write(tmp_path, one_file_each())
-    (clone / "datasets/descriptions_v4/bad.py").write_text(content)
-    assert "bad.py: cannot be read" in refusal(clone)
 
 
 def test_what_is_no_clone(tmp_path):

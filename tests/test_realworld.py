@@ -49,33 +49,12 @@ def names_of(set_name):
 # ------------------------------------------------------------------------------------------------------ form
 
 
-def test_every_category_asked_is_described_and_no_other():
-    assert sorted(ASKED) == sorted(SET_OF)
-    assert set(SET_OF.values()) == set(SETS)
-
-
-def test_names_differ_and_sentences_are_short():
-    for set_name, keypoints in SETS.items():
-        assert len({*names_of(set_name)}) == len(keypoints), set_name
-        texts = [keypoint["description"] for keypoint in keypoints]
-        assert all(re.fullmatch(r"[A-Z][a-z',\- ]+\.", text) for text in texts), set_name
-        assert all(3 <= len(text.split()) <= 25 for text in texts), set_name
-
-
 def test_left_and_right_are_mirror_images():
     for set_name, keypoints in SETS.items():
         texts = {keypoint["name"]: keypoint["description"].lower() for keypoint in keypoints}
         for name in texts:
             if mirrored(name) != name and set_name != "car_wheel":  # it has a right edge alone
                 assert texts[mirrored(name)] == mirrored(texts[name]), (set_name, name)
-
-
-def test_left_and_right_say_whose():
-    for set_name, keypoints in SETS.items():
-        for keypoint in keypoints:
-            if re.search(r"\b(left|right)\b", keypoint["name"]):
-                says_whose = re.search(r"\b(own|picture's) (left|right)\b", keypoint["description"])
-                assert says_whose, keypoint
 
 
 def test_no_test_category_is_trained():
