@@ -1,14 +1,12 @@
 """DINOv2, the vision transformer that is CapeLLM's eye (paper, section 3.1, equation 1).
 
-Oquab et al., 2024; with registers: Darcet et al., 2024. It reads the hub's files (facebook/dinov2-large and
-its sisters) and files with the names of the original release.
-
     photo (224 x 224) -> a grid of 16 x 16 patches -> [class token, patches] + positions, then registers
         -> [ x + ls1 * attention(norm1(x)) -> x + ls2 * mlp(norm2(x)) ] * n_layers -> norm -> the patch tokens
 
-q, k and v are separate layers here, since LoRA goes on q and v. This file needs no other. Letters: B photos,
-N patches, T tokens (class token, registers and patches), D width, H heads. `python vit.py` shows the shapes
-of a small one.
+It follows Oquab et al., 2024, with registers Darcet et al., 2024, and reads the hub's files and the original
+release's. Modules have the latter's names, but q, k and v are separate layers, since LoRA goes on q and v.
+This file needs no other. Letters: B photos, N patches, T tokens (class token, registers and patches), D
+width, H heads. `python vit.py` shows the shapes of a small one.
 """
 
 import json
@@ -61,10 +59,9 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The MLP of ViT-g. It has three matrices, so its width is two thirds of the usual, in multiples of 8."""
-
     def __init__(self, c):
         super().__init__()
+        # as there are three matrices, their width is two thirds of the usual, in multiples of 8
         width = (int(int(c.hidden_size * c.mlp_ratio) * 2 / 3) + 7) // 8 * 8
         self.w12 = nn.Linear(c.hidden_size, 2 * width)
         self.w3 = nn.Linear(width, c.hidden_size)
@@ -74,55 +71,40 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * up)
 
 
-class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(c.hidden_size))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.attn = Attention(c)
-        self.ls1 = LayerScale(c)
+        # LayerScale, a learned factor for each channel; the original release names it ls1.gamma
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(c.hidden_size)}) for _ in range(2))
         self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.mlp = SwiGLU(c) if c.use_swiglu_ffn else MLP(c)
-        self.ls2 = LayerScale(c)
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1["gamma"] * self.attn(self.norm1(x))
+        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
 
 
 class ViT(nn.Module):
-    """Names of modules as in the original release, but for q, k, v and patch_embed."""
-
     def __init__(self, config=ViTConfig()):
         super().__init__()
         self.config = config
-        D, p = config.hidden_size, config.patch_size
+        D, p, n_registers = config.hidden_size, config.patch_size, config.num_register_tokens
         self.patch_embed = nn.Conv2d(3, D, kernel_size=p, stride=p)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.register_tokens = None
-        if config.num_register_tokens:
-            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, D))
+        self.register_tokens = nn.Parameter(torch.zeros(1, n_registers, D)) if n_registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // p) ** 2, D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
 
     def forward(self, images):
         """Normalised photos (B, 3, h, w) of load()'s image_size -> patch tokens (B, N, D), row by row."""
-        B = len(images)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat((self.cls_token.expand(B, -1, -1), patches), dim=1) + self.pos_embed  # (B, 1 + N, D)
+        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
         if self.register_tokens is not None:  # they have no position
-            x = torch.cat((x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]), dim=1)  # (B, T, D)
+            registers = self.register_tokens.expand(len(x), -1, -1)
+            x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)  # (B, T, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 1 + self.config.num_register_tokens:]
@@ -135,10 +117,9 @@ class ViT(nn.Module):
     def resize_positions(self, image_size):
         """Fits the position table, learned for 518 pixels (37 x 37 patches), to photos of another size.
 
-        As in the original release: bicubic, without antialiasing, by a factor of (n + 0.1) / 37. The 0.1 once
-        guarded against a rounding error; without it, as in Transformers, image tokens (0.27 on
-        average) change by up to 0.02.
-        Models with registers are resized to n x n with antialiasing.
+        Bicubic, as in the original release: with registers to n x n with antialiasing, without them by a
+        factor of (n + 0.1) / 37. The 0.1 once guarded against a rounding error; leaving it out, as
+        Transformers does, changes image tokens (0.27 on average) by up to 0.02.
         """
         old, new = math.isqrt(self.n_patches), image_size // self.config.patch_size
         if old == new:
@@ -154,28 +135,21 @@ class ViT(nn.Module):
 
     @classmethod
     def load(cls, directory, image_size=224, dtype=torch.float32, device="cpu"):
-        """Reads DIR/config.json and DIR/model.safetensors. Strict: torch names a missing or misshapen tensor.
-
-        image_size: pixels a side of the photos that it will see. ValueError if not a multiple of patch_size.
-        """
-        directory = Path(directory)
-        config = read_config(directory / "config.json")
+        """Reads DIR/config.json and DIR/model.safetensors, strictly. image_size: of the photos, in pixels."""
+        config = read_config(Path(directory, "config.json"))
         if image_size % config.patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {config.patch_size}")
         with torch.device("meta"):  # where sizes are computed and nothing else
             model = cls(config)
             model(torch.empty(1, 3, config.image_size, config.image_size))  # wrong settings show here
         state = {}
-        with safe_open(directory / "model.safetensors", framework="pt", device=str(device)) as file:
+        with safe_open(Path(directory, "model.safetensors"), framework="pt", device=str(device)) as file:
             for key in file.keys():
                 if names := rename(key):  # none for the mask token, three for a fused qkv
                     state |= dict(zip(names, file.get_tensor(key).to(dtype).chunk(len(names))))
         model.load_state_dict(state, strict=True, assign=True)
         model.resize_positions(image_size)
         return model
-
-
-# -------------------------------------------------------------------------------------------- the hub's files
 
 
 def read_config(path):
@@ -188,23 +162,14 @@ def read_config(path):
     return ViTConfig(**fields | {"num_attention_heads": raw["num_attention_heads"]})
 
 
-# Names in the hub's files, and last one of the original release's -> ours, replaced in this order.
-RENAMES = [
+RENAMES = [  # from the hub's names, and in the last pair from the original release's; replaced in this order
     ("embeddings.patch_embeddings.projection.", "patch_embed."),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.", ""),
-    ("encoder.layer.", "blocks."),
-    ("attention.attention.query", "attn.q"),
-    ("attention.attention.key", "attn.k"),
-    ("attention.attention.value", "attn.v"),
-    ("attention.output.dense", "attn.proj"),
-    ("layer_scale1.lambda1", "ls1.gamma"),
-    ("layer_scale2.lambda1", "ls2.gamma"),
-    ("mlp.weights_in", "mlp.w12"),
-    ("mlp.weights_out", "mlp.w3"),
-    ("layernorm.", "norm."),
-    ("patch_embed.proj.", "patch_embed."),
-]
+    ("embeddings.position_embeddings", "pos_embed"), ("embeddings.", ""), ("encoder.layer.", "blocks."),
+    ("attention.attention.query", "attn.q"), ("attention.attention.key", "attn.k"),
+    ("attention.attention.value", "attn.v"), ("attention.output.dense", "attn.proj"),
+    ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
+    ("mlp.weights_in", "mlp.w12"), ("mlp.weights_out", "mlp.w3"),
+    ("layernorm.", "norm."), ("patch_embed.proj.", "patch_embed.")]
 
 
 def rename(key):
@@ -218,10 +183,8 @@ def rename(key):
 
 if __name__ == "__main__":
     vit = ViT.load(Path(__file__).parent / "assets/toy/vit", image_size=112)
-    print(f"{sum(p.numel() for p in vit.parameters()):,} parameters")
-    with torch.no_grad():
-        patches, tokens = vit.patch_embed(torch.zeros(1, 3, 112, 112)), vit(torch.zeros(1, 3, 112, 112))
-    print(f"photo (1, 3, 112, 112) -> patches {tuple(patches.shape)} -> patch tokens {tuple(tokens.shape)}")
-    print(f"a patch of 14 x 14 x 3 = {14 * 14 * 3} numbers becomes {patches.shape[1]}")
+    photo = torch.zeros(1, 3, 112, 112)
+    print(f"photo {tuple(photo.shape)} -> patches {tuple(vit.patch_embed(photo).shape)} "
+          f"-> patch tokens {tuple(vit(photo).shape)}")
     vit.resize_positions(224)
     print(f"for photos of 224 pixels the position table grows to {tuple(vit.pos_embed.shape)}")

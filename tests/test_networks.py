@@ -105,6 +105,11 @@ def test_fused_attention_is_attention_as_written(n_before, shared_by):
     close(want[0, -1, -1], scores @ v[0, -1] / scores.sum())
 
 
+def joined(cache, layer):
+    """-> keys and values of all that was read."""
+    return [torch.cat(parts, dim=2) for parts in zip(*cache.get(layer))]
+
+
 def test_blocks_behind_a_cache_equal_one_pass(base):
     x = base.embed_tokens(TOKENS)
     want, whole = base(x), Cache()
@@ -114,11 +119,11 @@ def test_blocks_behind_a_cache_equal_one_pass(base):
     for start, end in (0, 9), (9, 14), (14, 15), (15, 24):
         outputs.append(base(x[:, start:end], cache))
         for layer in 0, 1:
-            keys_and_values = cache.get(layer)
+            keys_and_values = joined(cache, layer)
             assert [t.shape for t in keys_and_values] == [(2, 2, end, 16)] * 2  # of the key/value heads alone
     close(torch.cat(outputs, dim=1), want)
     assert [*cache.own] == [*whole.own] == [0, 1]
-    close([*map(cache.get, (0, 1))], [*map(whole.get, (0, 1))])
+    close([joined(cache, layer) for layer in (0, 1)], [joined(whole, layer) for layer in (0, 1)])
 
 
 def read_padded(llama, cache, blocks):
@@ -137,7 +142,7 @@ def test_forks_go_on_from_what_they_share_and_never_look_at_padding(base):
     of_photo, of_row = torch.tensor([1, 0, 0, 1]), torch.tensor([3, 0, 0, 2, 1])
     cache = Cache()
     base(base.embed_tokens(photos), cache)
-    before = [[t.clone() for t in cache.get(layer)] for layer in (0, 1)]
+    before = [joined(cache, layer) for layer in (0, 1)]  # copies
     child = cache.fork(of_photo)
     found = read_padded(base, child, more)
     grandchild = child.fork(of_row)
@@ -149,8 +154,9 @@ def test_forks_go_on_from_what_they_share_and_never_look_at_padding(base):
             *(torch.cat((text, block)) for text, block in zip(texts, more[::-1]))]
     for states, text in zip(found, ends, strict=True):
         close(states, base(base.embed_tokens(text[None]))[0, -len(states):])
-    assert [cache.get(layer)[0].shape for layer in (0, 1)] == [(2, 2, 7, 16)] * 2
-    assert all(map(torch.equal, sum(before, []), [t for layer in (0, 1) for t in cache.get(layer)]))
+    after = [joined(cache, layer) for layer in (0, 1)]
+    assert [keys.shape for keys, _ in after] == [(2, 2, 7, 16)] * 2
+    assert all(map(torch.equal, sum(before, []), sum(after, [])))
 
 
 def test_what_rows_have_in_common_is_kept_once(base):
@@ -160,8 +166,8 @@ def test_what_rows_have_in_common_is_kept_once(base):
     child = cache.fork(torch.zeros(50, dtype=torch.long))
     assert not child.own
     base(torch.randn(50, 2, 64), child)
-    assert {t.shape for layer in cache.own.values() for t in layer} == {(1, 2, 40, 16)}
-    assert {t.shape for layer in child.own.values() for t in layer} == {(50, 2, 2, 16)}
+    assert {t.shape for layer in cache.own.values() for pair in layer for t in pair} == {(1, 2, 40, 16)}
+    assert {t.shape for layer in child.own.values() for pair in layer for t in pair} == {(50, 2, 2, 16)}
     assert child.is_token.shape == (50, 42)
 
 
