@@ -1,4 +1,4 @@
-"""chat.py and locate() with the tokenizers of the paper's LLMs (Table 4), and how answers are read.
+"""chat.py: questions and answers as tokens of the paper's LLMs (Table 4), and how answers are read.
 
 They are Llama-3's own file, small ones built like Vicuna's and Mistral's, and one that pairs digits. What is
 expected is spelled out by hand or asked of the tokenizers library.
@@ -8,17 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from conftest import LLAMA3_IDS, ROOT, SPACE, generate_all, make_chat, sentencepiece
+from conftest import LLAMA3_IDS, ROOT, SPACE, make_chat, sentencepiece
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from chat import IGNORE, Category, Chat, Scene, write_point
 from common import InputError, read_json, write_json
-from decode import DECODINGS, Prediction, locate, make_prediction
-from llama import Llama, LlamaConfig
-from model import CapeLLM
-from vit import ViT, ViTConfig
+from decode import DECODINGS, Prediction, make_prediction
 
 THING = Category("thing", [("left ear", "where it begins, [1, 2], is \u201cleft\u201d."),
                            ("na\u00efve \U0001f600", "two  gaps,\t\u773c ")])
@@ -29,16 +24,15 @@ class Kind(NamedTuple):
     newline: tuple = (SPACE, "<0x0A>")  # those of "\n"
     number: callable = list  # those of "123"
     digits: list = "0123456789"  # what chooses a number; nothing if numbers are cut otherwise
-    passes: int = 1 + 6  # of the LLM until an answer is complete: the photo, and one a choice
     end: int | list = 2  # in config.json
 
 
 KINDS = {
-    "llama3": Kind("\u0120[", ("\u010a",), lambda n: [n], [f"{n:03d}" for n in range(1000)], 1 + 2),
+    "llama3": Kind("\u0120[", ("\u010a",), lambda n: [n], [f"{n:03d}" for n in range(1000)]),
     "vicuna": Kind(),
     "mistral first": Kind(end=[2, 0]),
     "mistral always": Kind(),
-    "pairs": Kind(number=lambda n: [n[:2], n[2]], digits=[], passes=1 + 11),  # one a token
+    "pairs": Kind(number=lambda n: [n[:2], n[2]], digits=[]),
 }
 
 
@@ -190,64 +184,3 @@ def test_a_tokenizer_that_does_not_fit_is_named(tmp_path, spoil, says):
     write_json(tmp_path / "config.json", config)
     with pytest.raises(InputError, match=f"^{tmp_path}.*{says}"):
         Chat(tmp_path)
-
-
-# --------------------------------------------------------------------------------------------------- locate()
-
-
-def untrained(chat):
-    """A CapeLLM that knows the tokenizer's vocabulary, of a few layers."""
-    torch.manual_seed(0)
-    rope = {"rope_theta": 1e4, "rope_type": "default"}
-    vit = ViT(ViTConfig(32, 2, 2, image_size=56))
-    llama = Llama(LlamaConfig(chat.tokenizer.get_vocab_size(), 128, 64, 2, 4, 2, 32, rope=rope))
-    return CapeLLM(vit, llama).eval()
-
-
-def teach(model, chat, images, turns):
-    """Makes an untrained network give these answers. turns: (photo, question, answer) each.
-
-    Solves for the lm_head whose logits are 1 for each next token and 0 for the others.
-    """
-    hidden, said = [], []
-    for photo, question, answer in turns:
-        tokens = [chat.bos, *question, *answer]
-        states = model.llama(model.embed(images[[photo]], torch.tensor([tokens])))[0]
-        hidden.append(states[-len(answer) - 1:-1])  # which predict the answer
-        said += answer
-    tokens, which = torch.tensor(said).unique(return_inverse=True)
-    weights = torch.linalg.lstsq(torch.cat(hidden).double(), F.one_hot(which).double()).solution.T
-    model.llama.lm_head.weight.zero_()[tokens] = weights.float()
-
-
-def ask_about(chat, *names):
-    return chat.encode_questions(Category("thing", [(name, "") for name in names]))
-
-
-@torch.no_grad()
-def test_locate_says_what_the_textbooks_decoder_says(chat):
-    """Of answers that were taught, some leave the format; where it is kept, an answer takes few passes."""
-    model, images = untrained(chat), torch.randn(2, 3, 56, 56)
-    questions = [ask_about(chat, "left ear", "nose", "right ear"),
-                 ask_about(chat, "left ear", "naked chin", "tip of the tail")]
-    answers = [spelled(chat, (0.123, 0.456)),
-               spelled(chat, (0.999, 0)),
-               chat.encode("The nose") + [chat.eos],  # leaves the format at once
-               spelled(chat, (0.507, 0.12)),
-               [*ids_of(chat, [chat.kind.bracket]), chat.eos],  # leaves it after a token
-               chat.encode(" [0.314;0.159]")]  # leaves it halfway
-    points = [(0.123, 0.456), (0.999, 0.0), None, (0.507, 0.12), None, None]
-    teach(model, chat, images, [*zip([0, 0, 0, 1, 1, 1], sum(questions, []), answers)])
-    expected = [answer[:chat.coordinates.max_tokens] for answer in answers]
-    assert generate_all(model, images, questions, chat) == expected
-    found = sum(locate(model, images, questions, chat), [])
-    assert [p.answer for p in found] == expected
-    assert [p.point for p in found] == points
-    kept_the_format = [bool(chat.kind.digits) and point is not None for point in points]
-    assert [p.confidence is not None for p in found] == kept_the_format
-
-    passes = []
-    model.llama.norm.register_forward_hook(lambda *_: passes.append(1))
-    [[first, _]] = locate(model, images[:1], [questions[0][:2]], chat)
-    assert first.point == (0.123, 0.456)
-    assert len(passes) == chat.kind.passes

@@ -39,15 +39,6 @@ def test_the_mean_is_of_the_last_values():
     assert curve.smooth([(n, float(n)) for n in range(100)])[-1] == (99, 74.5)
 
 
-def test_curves_go_from_the_first_value_to_the_last():
-    panel = curve.draw_panel("loss", [[(0, 2.0), (50, 1.0), (100, 0.0)]], 100)
-    left, right = (curve.LEFT, curve.TOP), (curve.WIDTH - curve.RIGHT, curve.HEIGHT - curve.BOTTOM)
-    middle = tuple((a + b) / 2 for a, b in zip(left, right))
-    for x, y in left, middle, right:
-        assert panel.getpixel((round(x), round(y))) == curve.STRONG
-    assert panel.getpixel((round(middle[0]), round(middle[1]) - 20)) == (255, 255, 255)
-
-
 def test_an_unfinished_picture_of_a_killed_run_is_not_left(tmp_path):
     write_log(tmp_path, step(1, 1.5))
     (tmp_path / "curve.png.part").write_bytes(b"half")

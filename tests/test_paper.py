@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import ROOT, MadeUpChat, network_arguments, runs
 from mp100 import make_wagons_and_kites
 from programs import command_line, read_checkpoint, read_results, refused, to_train
@@ -99,13 +98,9 @@ def turns(chat, scene):
 
 def test_the_papers_instructions_are_found_by_their_names():
     assert {*ALL} == {*TURNS, "pretrain step"}
-    assert [*INSTRUCTIONS][0] == "description" and INSTRUCTIONS["description"] is ask_with_description
     assert all(find_instruction(name) is instruction for name, instruction in INSTRUCTIONS.items())
-    for name, instruction in PRETRAINING.items():
-        assert find_instruction("description", name) is instruction
-    for name, pretrain, says in (
-            ("long", None, "long: .*description, name, list"), ("step", "direct", "leave out"),
-            ("description", "long", "long: .*direct, step")):
+    assert all(find_instruction("description", name) is PRETRAINING[name] for name in PRETRAINING)
+    for name, pretrain, says in (("long", None, "long: .*name, list"), ("step", "direct", "leave out")):
         with pytest.raises(InputError, match=says):
             find_instruction(name, pretrain)
 
@@ -142,23 +137,20 @@ def test_a_test_asks_as_training_does(chat, instruction):
 
 
 @tiny_chat
-@pytest.mark.parametrize("instruction, opening", [("diverse", ""), ("diverse-outline", OUTLINE)])
-def test_wordings_are_drawn_in_training(chat, instruction, opening):
-    chat, drawn = instruct(chat, instruction), set()
-
-    def wording_of(question, name, description):
-        asked, *reference = question.split("\n")
-        assert reference == [f"Reference: {description}", "Assistant:"]
-        return {f"User: {wording.format(name)}": wording for wording in WORDINGS}[asked]
-
+def test_wordings_are_drawn_in_training(chat):
+    """For each question anew, and by the scene's own numbers."""
+    chat, drawn = instruct(chat, "diverse-outline"), set()
+    wordings = {f"User: {wording.format('rim')}": wording for wording in WORDINGS} | {
+        f"User: {wording.format('left ear')}": wording for wording in WORDINGS}
     for seed in range(60):
         said, again = (turns(chat, Scene(CUP, ASKED, rng=np.random.default_rng(seed))) for _ in range(2))
         assert said == again
         (about_rim, _), (about_ear, _) = said
-        assert about_rim.startswith(opening)
-        drawn.add((wording_of(about_rim.removeprefix(opening), *RIM), wording_of(about_ear, *EAR)))
+        assert about_rim.startswith(OUTLINE) and about_rim.endswith(WHERE_RIM.partition("?")[2])
+        drawn.add(tuple(wordings[question.removeprefix(OUTLINE).split("\n")[0]]
+                        for question in (about_rim, about_ear)))
     assert {wording for pair in drawn for wording in pair} == {*WORDINGS}
-    assert any(first != second for first, second in drawn)  # each question draws its own
+    assert any(first != second for first, second in drawn)
 
 
 @tiny_chat
@@ -292,13 +284,6 @@ def test_no_question_is_no_answer(tiny):
 # ------------------------------------------------------------------------------------------------- <KEYPOINT>
 
 
-def test_a_point_goes_into_a_label_and_comes_out_of_it():
-    points = [(0, 0), (0, 1 - 1e-9), (1 - 1e-9, 0), *np.random.default_rng(0).uniform(size=(50, 2)).tolist()]
-    labels = torch.tensor([write_label(point) for point in points])
-    assert (labels < IGNORE).all()
-    torch.testing.assert_close(read_labels(labels), torch.tensor(points), atol=1.3e-7, rtol=0)
-
-
 @tiny_chat
 @pytest.mark.parametrize("instruction", ["description", "step"])
 def test_keypoint_token_stands_for_a_point(chat, instruction):
@@ -350,9 +335,7 @@ def test_keypoint_token_is_new_and_embeddings_and_head_train(pointing, tiny):
     new, old = model.llama.embed_tokens.weight, usual.llama.embed_tokens.weight
     assert torch.equal(new[:KEYPOINT], old)
     assert torch.allclose(new[KEYPOINT], old.mean(0))
-    assert len(new) == KEYPOINT + 1
-    assert new.dtype == torch.float32
-    assert torch.equal(model.projection.weight, usual.projection.weight)  # starts as ever
+    assert len(new) == KEYPOINT + 1 and new.dtype == torch.float32
 
 
 def last_state(model, image, tokens):
@@ -424,7 +407,7 @@ def joined(tokens):
     return f" {' '.join(map(str, tokens))} "
 
 
-# test_dtype.py trains and evaluates more
+# test_dtype.py trains and evaluates more, Hiera (Table 4) among them
 VARIANTS = [how.split() for how in (
     "--instruction list", "--instruction diverse-outline", "--answer token --instruction step",
     "--rounds dynamic", "--pack --instruction step")]
@@ -433,21 +416,13 @@ VARIANTS = [how.split() for how in (
 @pytest.mark.parametrize("how", VARIANTS, ids=" ".join)
 def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(arguments, tmp_path, monkeypatch, how):
     """Training's conversations, on their way into the network, hold the questions that evaluation asks."""
-    trained_on, chosen, asked = [], [], []
-    forward, choose = CapeLLM.forward, evaluate.choose_locate
-
-    def spy_on_training(model, *batch):
-        trained_on.append(batch)
-        return forward(model, *batch)
+    trained_on, asked, forward, choose = [], [], CapeLLM.forward, evaluate.choose_locate
+    monkeypatch.setattr(CapeLLM, "forward",
+                        lambda model, *batch: trained_on.append(batch) or forward(model, *batch))
 
     def spy_on_asking(trained, cumulative):
-        chosen.append(choose(trained, cumulative))
-
-        def locate(*args, **options):
-            asked.append(args)
-            return chosen[-1](*args, **options)
-        return locate
-    monkeypatch.setattr(CapeLLM, "forward", spy_on_training)
+        locate = choose(trained, cumulative)
+        return lambda *args, **options: asked.append((locate, *args)) or locate(*args, **options)
     monkeypatch.setattr(evaluate, "choose_locate", spy_on_asking)
     train.main(arguments(*how, "--epochs", 4 if "list" in how else 1))  # each must once be the first question
     conversations = [joined(row) for _, tokens, *_ in trained_on for row in tokens.tolist()]
@@ -455,15 +430,13 @@ def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(arguments,
     assert any(label < IGNORE for row in labels for label in row) == ("token" in how)
     assert all((photo_of is not None) == ("--pack" in how) for *_, photo_of in trained_on)
     evaluate.main(command_line(tmp_path / "run" / "ckpt.pt"))
-    chat = asked[0][3]
-
-    questions = [question[len(chat.newline):] for _, _, of_photos, _ in asked
+    locate, chat = asked[0][0], asked[0][4]
+    questions = [question[len(chat.newline):] for _, _, _, of_photos, _ in asked
                  for of_photo in of_photos for question in of_photo]
     assert len(questions) == 24
     known = [any(joined(question) in said for said in conversations) for question in questions]
     assert all(known) or "diverse-outline" in how
-    asks = locate_in_turns if "step" in how else decode.locate
-    assert getattr(chosen[0], "func", chosen[0]) is asks
+    assert getattr(locate, "func", locate) is (locate_in_turns if "step" in how else decode.locate)
     opening = joined(chat.encode(WHAT))
     assert all((opening in conversation) == ("step" in how) for conversation in conversations)
     sizes = {sum(label != IGNORE for label in row) for row in labels}
@@ -476,22 +449,6 @@ def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(arguments,
         assert all(p["confidence"] == [None] * len(p["keypoints"]) for p in predictions)
         for option in ["--constrained"], ["--decode", "median"]:
             assert "does not spell points" in refused(evaluate, [tmp_path / "run/ckpt.pt", *option])
-
-
-def test_hiera_is_recognised_checked_trained_and_evaluated(arguments, tmp_path):
-    """Table 4. Four blocks of 2 x 2 mask units: four image tokens."""
-    size = dict(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], image_size=[64, 64])
-    transformers.HieraModel(transformers.HieraConfig(**size)).save_pretrained(tmp_path / "hiera")
-    run = arguments("--vit", tmp_path / "hiera", "--image-size", 64)
-    train.main([*run, "--check"])
-    train.main(run)
-    weights = read_checkpoint(tmp_path / "run")["model"]
-    adapters = {f"vit.blocks.{i}.attn.{x}.lora_{matrix}" for i in range(4) for x in "qv" for matrix in "AB"}
-    assert {name for name in weights if name.startswith("vit")} == adapters
-    assert all(weights[name].any() for name in adapters)
-    assert weights["projection.weight"].shape == (32, 64)
-    evaluate.main(command_line(tmp_path / "run" / "ckpt.pt"))
-    assert read_results(tmp_path / "run")[0]["objects"] == 6
 
 
 @pytest.mark.parametrize("way", PRETRAINING)

@@ -120,15 +120,6 @@ def test_labels_come_back_from_the_files_of_other_tools(tmp_path, form, file):
         assert (one.box, other.box) == ((5, 5, 39, 39), (50, 10, 29.5, 34))
 
 
-def test_deeplabcut_has_one_row_less_for_one_object(tmp_path):
-    photos = [make_result(tmp_path / f"walk/{n}.png", {"tip": found(n, 10), "tail": found(None, None)})
-              for n in (1, 2)]
-    FORMATS["deeplabcut"](tmp_path, photos, 0.5)
-    assert (tmp_path / "CollectedData_CapeLLM.csv").read_text().split() == [
-        "scorer,,,CapeLLM,CapeLLM,CapeLLM,CapeLLM", "bodyparts,,,tip,tip,tail,tail", "coords,,,x,y,x,y",
-        "labeled-data,walk,1.png,1,10,,", "labeled-data,walk,2.png,2,10,,"]
-
-
 def test_a_coco_file_says_what_is_unsure(tmp_path):
     points = {"a": found(1.5, 2.5, 0.5), "b": found(3, 4, 0.3), "c": found(None, None, None),
               "d": found(5, 6, None)}
