@@ -64,9 +64,6 @@ def spelled(chat, point):
     return chat.encode(write_point(point)) + [chat.eos]
 
 
-# ---------------------------------------------------------------------------------- conversations and answers
-
-
 def test_pieces_are_the_text_with_no_space_or_special_token_added(chat):
     assert (chat.bos, chat.eos) in [(128000, 128001), (1, 2)]
     assert chat.newline == ids_of(chat, chat.kind.newline)

@@ -47,9 +47,6 @@ def fallen_back(monkeypatch):
     monkeypatch.setattr(decode, "answer_greedily", ask_and_count)
     return numbers
 
-
-# ------------------------------------------------------------------------------------------ the same tokens
-
 QUESTIONS = {
     "of any length": [3, 0, 4],  # so many about each photo
     "no common beginning": [[[5, 6, 7], [8, 6, 7]], [[9]]],
@@ -142,9 +139,6 @@ def answer_by_last_token(llama, form, likely_x, likely_y):
         head[digits[likely], i] += 1
 
 
-# ---------------------------------------------------------------------------------- passes and distributions
-
-
 @pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("n, passes", [(1, 3), (3, 7)])
 @torch.no_grad()
@@ -214,9 +208,6 @@ def test_questions_of_like_length_are_asked_together():
     assert sorted(flat(groups)) == [*range(200)]
     assert all(max(lengths[i] for i in group) - min(lengths[i] for i in group) < 16 for group in groups)
     assert group_by_length([]) == []
-
-
-# ------------------------------------------------------------------------------------------------ coordinates
 
 
 def digit(**likely):

@@ -37,9 +37,6 @@ def assert_close(found, expected, what=""):
     assert np.abs(np.subtract(found, expected)).max() < 60, (what, found, expected)
 
 
-# --------------------------------------------------------------------------------------------------- objects
-
-
 def test_marks_are_where_the_points_are_in_their_colours():
     predicted, annotated = [(30, 20), None, (150, 90), (120, 20)], [None, (80, 30), (190, 70), None]
     picture = draw.draw_points(PHOTO, BOX, category("a", "b", "c", "d", skeleton=[(0, 3), (1, 2)]), predicted,
@@ -111,9 +108,6 @@ def test_every_name_is_drawn_once_and_none_overlap(n, seen):
     assert all((edge == 255).all() for edge in edges)  # nothing is cut off
 
 
-# --------------------------------------------------------------------------------------------------- letters
-
-
 def test_names_are_readable():
     def spell(name):
         return draw.make_name(name, 4, 20, 300)
@@ -133,9 +127,6 @@ def test_left_is_warm_and_right_is_cold():
         assert ("right" in name) == (0.45 < hue < 0.8), name
 
 
-# ---------------------------------------------------------------------------------------------------- places
-
-
 def cross(a, b, c, d):
     """Whether the lines from a to b and from c to d cross between their ends."""
     def side(p, q, r):
@@ -152,9 +143,6 @@ def test_leaders_do_not_cross_and_labels_do_not_overlap(places):
     for (p, e), (q, f) in combinations(zip(places, ends), 2):
         assert e[0] != f[0] or abs(e[1] - f[1]) >= 40 - 1e-6
         assert not cross(p, e, q, f)
-
-
-# ---------------------------------------------------------------------------------------------------- sheets
 
 
 def test_a_sheet_takes_turns_between_categories(tmp_path, monkeypatch):

@@ -70,9 +70,6 @@ def places(points):
     return [(p.x, p.y, p.confidence) for p in points.values()]
 
 
-# -------------------------------------------------------------------------------------------------- keypoints
-
-
 @pytest.mark.parametrize("text, expected", [
     ("nose: the tip", [("nose", "the tip")]),
     ("left eye: beside the nose, nose: the tip", [("left eye", "beside the nose"), ("nose", "the tip")]),
@@ -128,9 +125,6 @@ def test_the_checkpoint_knows_its_own_sets_beside_those_of_descriptions_json(kit
                         ("Polar-Bear", "did you mean polar_bear_body? Or"), ("human", "--list shows")):
         with pytest.raises(InputError, match=re.escape(meant)):
             find_set(name, kites.sets)
-
-
-# ---------------------------------------------------------------------------------------------------- Locator
 
 
 def test_points_and_distributions_are_those_of_the_evaluation(folder, kites, photo, constrained, tmp_path):
@@ -211,15 +205,6 @@ def test_large_photos_are_averaged_as_in_an_evaluation(kites, tmp_path):
     assert torch.equal(pixels, Crop(450, 250, 700).cut(tmp_path / "large.png", 56))
 
 
-def test_backbones_may_have_moved(folder, photo, tiny, tmp_path):
-    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
-    checkpoint["args"] |= {"llm": "gone/llm", "vit": "gone/vit"}
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    with pytest.raises(InputError, match="gone/"):
-        Locator(tmp_path / "ckpt.pt")
-    assert Locator(tmp_path / "ckpt.pt", llm=tiny / "llm", vit=tiny / "vit")(photo, "kite")
-
-
 @pytest.mark.parametrize("box, says", [
     *((box, "lies outside the photo, which is 110 x 80 pixels, or is empty") for box in (
         (110, 0, 9, 9), (0, 80, 9, 9), (-9, 0, 9, 9), (0, -9, 9, 9), (0, 0, 9, 0), (float("nan"), 0, 9, 9),
@@ -247,18 +232,19 @@ def test_what_is_no_photo_is_refused(kites, tmp_path):
         assert kites(np.zeros(shape, np.uint8), "kite").keys() == {"tip", "tail", "left corner"}
 
 
-def test_misspelt_choices_and_other_checkpoints_are_refused(folder, tiny, tmp_path):
+def test_a_locators_arguments(folder, photo, tiny, tmp_path):
+    """Misspelt ones and checkpoints that locate nothing are refused; backbones may have moved."""
     for choice in {"decode": "medain"}, {"dtype": "fp16"}:
         [word] = choice.values()
         with pytest.raises(InputError, match=f"^'{word}' is none of "):
             Locator(folder / "ckpt.pt", **choice)
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
-    torch.save(checkpoint | {"args": checkpoint["args"] | {"pretrain": "direct"}}, tmp_path / "ckpt.pt")
-    with pytest.raises(InputError, match="--pretrain, which locates nothing"):
-        Locator(tmp_path / "ckpt.pt")
-
-
-# ------------------------------------------------------------------------------------------- the command line
+    for changes, says in (({"pretrain": "direct"}, "--pretrain, which locates nothing"),
+                          ({"llm": "gone/llm", "vit": "gone/vit"}, "gone/")):
+        torch.save(checkpoint | {"args": checkpoint["args"] | changes}, tmp_path / "ckpt.pt")
+        with pytest.raises(InputError, match=says):
+            Locator(tmp_path / "ckpt.pt")
+    assert Locator(tmp_path / "ckpt.pt", llm=tiny / "llm", vit=tiny / "vit")(photo, "kite")
 
 
 def test_one_photo_is_printed_and_nothing_is_written_unasked(folder, photo, answered, monkeypatch, capsys,

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_descriptions import holds, mirrored, read_claims
+from test_descriptions import holds, read_claims
 
 from chat import Category, Chat
 from data import Instance
@@ -24,7 +24,6 @@ SPLITS = json.loads((HERE / "splits.json").read_text())
 SETS = TEXTS["keypoint_sets"]
 SET_OF = {category["name"]: category["keypoint_set"] for category in TEXTS["categories"].values()}
 ASKED = [name for split in ("train", "val", "test") for name in SPLITS[split]]
-SHIPPED = ROOT / "assets/real"
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +45,12 @@ def names_of(set_name):
     return [keypoint["name"] for keypoint in SETS[set_name]]
 
 
-# ------------------------------------------------------------------------------------------------------ form
-
-
-def test_left_and_right_are_mirror_images():
-    for set_name, keypoints in SETS.items():
-        texts = {keypoint["name"]: keypoint["description"].lower() for keypoint in keypoints}
-        for name in texts:
-            if mirrored(name) != name and set_name != "car_wheel":  # it has a right edge alone
-                assert texts[mirrored(name)] == mirrored(texts[name]), (set_name, name)
-
-
 def test_no_test_category_is_trained():
     assert len(ASKED) == len({*ASKED, *SPLITS["left_out"]}) - len(SPLITS["left_out"])
     species = {re.sub(r"^cub_\d+_|_body$", "", name) for name in SPLITS["train"]}
     assert not species & {re.sub(r"^cub_\d+_|_body$", "", name) for name in SPLITS["test"] + SPLITS["val"]}
     trained = {SET_OF[name] for name in SPLITS["train"]}
     assert {SET_OF[name] for name in SPLITS["test"]} - trained == {"rat", "butterfly", "car_wheel"}
-
-
-# ----------------------------------------------------------------------------------------------------- truth
 
 
 def test_texts_fit_the_data(data):
@@ -116,9 +101,6 @@ def test_claims_are_true(data):
         if cases and np.mean(cases) < (0.65 if set_name == "person_14" else 0.85):
             wrong.append(f"{set_name}: {np.mean(cases):.1%} of {len(cases)}")
     assert not wrong, "\n".join(wrong)
-
-
-# -------------------------------------------------------------------------------------------------- programs
 
 
 def test_mirroring():

@@ -49,9 +49,6 @@ def make_result(path, points, box=None, category="kite", number=1, size=(100, 50
     return Result(job, size, points)
 
 
-# ----------------------------------------------------------------------------------------------------- screen
-
-
 def say_of(points, size=(100, 50), box=None):
     said = []
     print_points(points, box, Image.new("RGB", size), said.append)
@@ -85,9 +82,6 @@ def test_points_below_the_threshold_are_hollow(confidence, threshold, hollow):
     inside = np.argwhere((picture == 0).all(-1))
     y, x = (inside.min(0) + inside.max(0)) // 2
     assert (picture[y, x].tolist() == [255, 255, 255]) == hollow
-
-
-# ---------------------------------------------------------------------------------------- other tools' labels
 
 
 def test_the_table_keeps_names_and_numbers(tmp_path):
@@ -131,9 +125,6 @@ def test_a_coco_file_says_what_is_unsure(tmp_path):
     assert annotation["keypoints"] == [1.5, 2.5, 2, 3, 4, 1, 0, 0, 0, 5, 6, 2]
     assert (annotation["num_keypoints"], annotation["score"]) == (3, 0.4)
     assert (annotation["bbox"], annotation["area"]) == ([0, 0, 100, 50], 5000)
-
-
-# ------------------------------------------------------------------------------------------------------ boxes
 
 
 def test_boxes_from_a_coco_file_and_results_that_cocos_tools_load(data, answered, tmp_path):
@@ -201,9 +192,6 @@ def test_what_has_no_boxes_is_refused(data, tmp_path, contents):
     (tmp_path / "boxes.json").write_text(json.dumps(contents))
     with pytest.raises(InputError, match=f"^{tmp_path}/boxes.json: "):
         predict.main(command_line(TOY, data / "images", "--boxes", tmp_path / "boxes.json", *TIP))
-
-
-# ------------------------------------------------------------------------------------------------------ films
 
 
 FAKE = """#!{python} -SE
