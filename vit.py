@@ -76,10 +76,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.attn = Attention(c)
-        # LayerScale, a learned factor for each channel; the original release names it ls1.gamma
-        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(c.hidden_size)}) for _ in range(2))
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(c.hidden_size)})  # a learned factor for each channel
         self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.mlp = SwiGLU(c) if c.use_swiglu_ffn else MLP(c)
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(c.hidden_size)})
 
     def forward(self, x):
         x = x + self.ls1["gamma"] * self.attn(self.norm1(x))
