@@ -183,6 +183,14 @@ def read_json(path, kind=object):
         return content
 
 
+def make_folder(path):
+    """Makes a folder and those above it. InputError if that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be made ({e})") from e
+
+
 def write_json(path, contents):
     """Writes a JSON file whole or not at all, and the folders above it. InputError if that cannot be done."""
     write_whole(path, json.dumps(contents, indent=1).encode())
@@ -192,8 +200,8 @@ def write_whole(path, contents):
     """Writes bytes to a file whole or not at all, as write_json()."""
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(contents)
         os.replace(part, path)
     except OSError as e:

@@ -8,7 +8,7 @@ The files are trusted; tools/check.py looks whether they deserve it, and tools/o
 this layout. An instance is one annotated animal, garment or thing. Its points are in pixels of the photo. A
 point is always (x, y), x to the right and y down. The network sees a square crop, and in questions and
 answers points are fractions of that crop. Letters: B conversations, T tokens of text, K keypoints, P photos.
-`python data.py` draws four crops of one instance.
+`python data.py` shows an epoch of one instance.
 """
 
 import math
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from chat import IGNORE, Category, Scene
 from common import InputError, read_json, reading
@@ -54,7 +54,7 @@ def read_instances(path, categories):
     """An annotation file -> its Instances, photo by photo. categories: what parse_descriptions() gave.
 
     As in the published code, crowds, annotations without keypoints and those of which nothing is in the photo
-    are left out. InputError if an annotation does not fit the descriptions.
+    are left out. InputError if an annotation does not fit the descriptions, or nothing is left.
     """
     raw = read_json(path, dict)
     with reading(path, "is it an annotation file of MP-100, or of tools/own.py?"):
@@ -67,15 +67,14 @@ def read_instances(path, categories):
                 box = clip_box(a["bbox"], photo["width"], photo["height"])
                 if a.get("iscrowd") or a.get("area", 1) <= 0 or min(box[2:]) <= 0 or not points.any():
                     continue
-                if a["category_id"] not in categories:
-                    raise InputError(f"{path}: category {a['category_id']} has no descriptions; add it "
-                                     "to the file of --descriptions")
-                category = categories[a["category_id"]]
+                category = categories.get(a["category_id"], Category(a["category_id"], []))
                 if len(points) != len(category.keypoints) or not np.isfinite(points).all():
-                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints, all "
-                                     f"numbers? {category.name} has {len(category.keypoints)} descriptions")
+                    raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints (numbers?). "
+                                     f"Category {category.name} has {len(category.keypoints)} descriptions")
                 instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
                                           points[:, 2] > 0))
+        if not instances:
+            raise InputError(f"{path}: no object of which something is in its photo")
     return instances
 
 
@@ -119,6 +118,8 @@ class Crop:
 
     def cut_from(self, photo, shrink, size):
         """The same from an RGB image that is `shrink` times smaller than the photo."""
+        if (block := int(self.side / shrink / (2 * size))) > 1:
+            photo, shrink = photo.reduce(block), shrink * block  # averaged over blocks of pixels
         n = max(size, round(self.side / shrink))  # cut at full resolution, then reduce with antialiasing
         origin = self.to_photo((0.0, 0.0)) / shrink
         step = self.rotation * (self.side / shrink / n)  # in the photo, for each pixel of the square
@@ -131,15 +132,14 @@ class Crop:
 def open_reduced(path, side, size):
     """Reads a photo of which `side` pixels will be shown as `size` -> RGB image, and how much it shrank.
 
-    A large photo is read at 1/2, 1/4 or 1/8 (JPEG) and then averaged over whole blocks of pixels. At least
-    twice the size wanted is kept, so nothing visible is lost. EXIF rotation is ignored: MP-100's points were
-    made on unrotated pixels.
+    A large JPEG is read at 1/2, 1/4 or 1/8, at least twice the size wanted. EXIF rotation is ignored, since
+    MP-100's points were made on unrotated pixels.
     """
     with reading(path, "replace or remove this photo"), Image.open(path) as photo:
         width = photo.width
         photo.draft(None, [math.ceil(2 * size / side * n) for n in photo.size])
         photo.load()
-        return average_blocks(to_rgb(photo), round(width / photo.width), side, size)
+        return to_rgb(photo), round(width / photo.width)
 
 
 def to_rgb(photo):
@@ -150,15 +150,8 @@ def to_rgb(photo):
     if photo.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
         photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
     if photo.has_transparency_data:
-        photo = photo.convert("RGBA")
-        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
     return photo if photo.mode == "RGB" else photo.convert("RGB")  # convert() would copy it
-
-
-def average_blocks(photo, shrink, side, size):
-    """An RGB image that shrank already -> the same averaged over blocks of pixels, and how much it shrank."""
-    block = int(side / shrink / (2 * size))
-    return (photo.reduce(block), shrink * block) if block > 1 else (photo, shrink)
 
 
 def inside(points):
@@ -211,13 +204,10 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False, group=group_keypoints
     """All Examples of an epoch in the order of training.
 
     Each is one group of keypoints, or with `pack` all groups of an instance. It has a crop of its own: the
-    box's longer side times N(1, 0.3), clipped to 0.7 ... 1.3. Half of the crops are turned, by up to 40
-    degrees either way. Keypoints that are invisible or outside the crop are not asked; an example with none
-    left is dropped.
-
-    Everything is drawn from the seed and the epoch: the order from (seed, epoch), instance i from
-    (seed, epoch, i), its j-th example's conversations from (seed, epoch, i, j). i and j count from 1, since
-    numpy makes the same numbers from (seed, epoch, 0) as from (seed, epoch).
+    box's longer side times N(1, 0.3), clipped to 0.7 ... 1.3, and half of the time turned by up to 40 degrees
+    either way. Keypoints that are invisible or outside the crop are not asked; an example without any is
+    dropped. The order is drawn from (seed, epoch), instance i from (seed, epoch, i), its j-th example's
+    conversations from (seed, epoch, i, j). i and j count from 1: numpy ignores a last 0.
     """
     examples = []
     for i, instance in enumerate(instances, 1):
@@ -238,10 +228,7 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False, group=group_keypoints
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """Examples -> a crop, uint8 (3, size, size), and its conversations, each a list of tokens and of labels.
-
-    images: the folder of the photos.
-    """
+    """Examples -> a crop, uint8 (3, size, size), and conversations, each a list of tokens and of labels."""
 
     def __init__(self, examples, categories, chat, images, size):
         self.examples, self.categories, self.chat = examples, categories, chat
@@ -265,30 +252,23 @@ class TrainingSet(torch.utils.data.Dataset):
 def collate(items):
     """Items of a TrainingSet -> a micro-batch: images, tokens, labels, photo_of.
 
-    images uint8 (P, 3, size, size). tokens and labels (B, T) are padded on the right, where the causal
-    attention of real tokens never looks. photo_of (B,) says whose conversation it is; None if P = B.
+    images uint8 (P, 3, size, size). tokens and labels (B, T) are padded on the right, where causal attention
+    never looks. photo_of (B,) says whose conversation it is; None if P = B.
     """
     conversations = [conversation for _, of_photo in items for conversation in of_photo]
     T = max(len(tokens) for tokens, _ in conversations)
     tokens = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in conversations])
     labels = torch.tensor([labels + [IGNORE] * (T - len(labels)) for _, labels in conversations])
     photo_of = torch.tensor([p for p, (_, of_photo) in enumerate(items) for _ in of_photo])
-    images = torch.stack([image for image, _ in items])
-    return images, tokens, labels, None if len(images) == len(tokens) else photo_of
+    photo_of = None if len(items) == len(tokens) else photo_of
+    return torch.stack([image for image, _ in items]), tokens, labels, photo_of
 
 
 if __name__ == "__main__":
-    photo = Path(__file__).parent / "assets/toy/creature.jpg"
-    points = np.array([[176, 98], [139, 65], [189, 165], [113, 148]])  # two balls, a tip, a heart
-    creature = Instance(0, 0, photo.name, (70, 52, 125, 112), points, np.ones(4, dtype=bool))
-    sheet = Image.new("RGB", (4 * 224, 224))
-    for n, example in enumerate(plan_epoch([creature], seed=11, epoch=0, rounds=1)):
-        tile = Image.fromarray(example.crop.cut(photo, 224).permute(1, 2, 0).numpy())
-        for x, y in 224 * example.crop.from_photo(points):
-            ImageDraw.Draw(tile).ellipse((x - 4, y - 4, x + 4, y + 4), "yellow", "black")
-        sheet.paste(tile, (224 * n, 0))
-        print(f"crop {n}: {example.crop.side:.0f} pixels wide, turned by "
-              f"{math.degrees(example.crop.angle):+.0f} degrees, asks for keypoint {example.groups[0][0]}")
-    Path("runs").mkdir(exist_ok=True)
-    sheet.save("runs/crops.png")
-    print("runs/crops.png shows them")
+    points = np.array([[176, 98], [139, 65], [189, 165], [113, 148]])  # of assets/toy/creature.jpg
+    creature = Instance(0, 0, "creature.jpg", (70, 52, 125, 112), points, np.ones(4, dtype=bool))
+    for example in plan_epoch([creature], seed=11, epoch=0, rounds=1):
+        crop, [[k]] = example.crop, example.groups
+        x, y = crop.from_photo(points[k])
+        print(f"a crop {crop.side:.0f} pixels wide, turned by {math.degrees(crop.angle):+.0f} degrees: "
+              f"keypoint {k} is at ({x:.3f}, {y:.3f})")

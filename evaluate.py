@@ -18,35 +18,18 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import (
-    InputError,
-    Parser,
-    is_first,
-    loader_options,
-    natural,
-    positive,
-    printable,
-    read_json,
-    run,
-    say,
-    start_processes,
-    write_json,
-)
-from data import annotation_file, crop_of, normalize, parse_descriptions, read_instances
-from decode import DECODINGS, check_decoding, choose_locate, find, load_trained, read_trained
+from common import Parser, is_first, loader_options, natural, positive, run, say, start_processes
+from data import annotation_file, crop_of, normalize, read_instances
+from decode import DECODINGS, check_decoding, choose_locate, load_trained, read_trained
 from model import DTYPES
 
 # ---------------------------------------------------------------------------------------------------- metric
 
 THRESHOLDS = 0.05, 0.1, 0.15, 0.2, 0.25
-COLUMNS = [*(f"PCK@{t:g}" for t in THRESHOLDS), "mPCK"]
 
 
 def find_hits(instance, points):
-    """Which keypoints are predicted close enough: bool (5 thresholds, K).
-
-    points: for each keypoint (x, y) in pixels of the photo, or None, which is a miss.
-    """
+    """Which keypoints are close enough to points, in pixels or None -> bool (5 thresholds, K)."""
     points = np.array([point or (np.inf, np.inf) for point in points])
     distance = np.linalg.norm(points - instance.keypoints, axis=1)
     return distance < np.array(THRESHOLDS)[:, None] * max(instance.box[2:])
@@ -78,42 +61,6 @@ def pck_of_pairs(instances, predicted, category_ids):
     return np.array([share(hits[q], instances[s].visible & instances[q].visible) for s, q in pairs]), pairs
 
 
-def make_report(instances, predicted, categories, annotations, protocol, **facts):
-    """predicted[i]: instance i's K points in pixels, None for no answer. -> what report.json holds."""
-    shares, queries = pck_of_queries(instances, predicted), np.arange(len(instances))
-    if protocol == "pairs":
-        order = [category["id"] for category in read_json(annotations)["categories"]]
-        shares, pairs = pck_of_pairs(instances, predicted, order)
-        if not pairs:
-            raise InputError(f"{annotations}: no pairs, since no category has two objects")
-        queries = np.array(pairs)[:, 1]
-    shares = np.c_[shares, shares.mean(1)]  # (rows, 6)
-    category_ids = np.array([instance.category_id for instance in instances])[queries]
-
-    from tools.score import find_intervals
-
-    def by_column(values):
-        return dict(zip(COLUMNS, values.tolist()))
-    per_category = {f"{c} {categories[c].name}": by_column(shares[category_ids == c].mean(0))
-                    for c in dict.fromkeys(category_ids.tolist())}
-    return {**by_column(shares.mean(0)), "interval": by_column(find_intervals(shares, queries)),
-            "objects": len(instances), "keypoints": sum(map(len, predicted)), "protocol": protocol, **facts,
-            "per category": per_category}
-
-
-def print_report(report):
-    """In percent: a line for each category, the mean and its interval, then how it was made."""
-    print(f"\n{'':28}" + "".join(f"{column:>12}" for column in COLUMNS))
-    for name, row in {**report["per category"], f"{report['objects']} objects": report}.items():
-        print(f"{printable(name):28.28}" + "".join(f"{100 * row[column]:12.2f}" for column in COLUMNS))
-    ranges = ((100 * low, 100 * high) for low, high in report["interval"].values())
-    print(f"{'95 % interval':28}" + "".join(f"{f'{low:.1f}-{high:.1f}':>12}" for low, high in ranges))
-    print("\n" + ", ".join(f"{name}: {value}" for name, value in report.items()
-                           if name not in (*COLUMNS, "interval", "per category")))
-    if report.get("malformed") == report["keypoints"]:
-        print("not one answer holds coordinates: is this checkpoint trained to the end, with these weights?")
-
-
 # ---------------------------------------------------------------------------------------- asking a checkpoint
 
 
@@ -131,10 +78,9 @@ class Photos(torch.utils.data.Dataset):
 
 
 def make_batches(instances, most):
-    """-> batches, lists of indices, of at most so many keypoints. An instance with more is alone.
+    """-> batches, lists of indices, of at most so many keypoints; an instance with more is alone.
 
-    The heaviest come first, so that a batch too large for the memory shows at once. Batches depend on nothing
-    but the instances, so every number of processes computes the same.
+    The heaviest come first, so that a batch too large for the memory shows at once.
     """
     counts, batches, free = [len(instance.keypoints) for instance in instances], [], 0
     for i in sorted(range(len(counts)), key=lambda i: -counts[i]):
@@ -172,26 +118,6 @@ def ask(model, chat, photos, categories, process, locate, batch, workers, encode
     return zip(*(found[i] for i in range(len(instances))))
 
 
-class Validation:
-    """What train.py --validate measures: PCK@0.2 of the same 100 objects of the validation set."""
-
-    def __init__(self, args, chat, categories, process):
-        from tools.check import keep_readable
-        instances, images = read_subset(args.data, args.split, "val", categories)
-        instances = random.Random(0).sample(instances, min(100, len(instances)))
-        self.instances = keep_readable(instances, images, categories, args.allow_missing)
-        self.ask = partial(ask, chat=chat, photos=Photos(self.instances, images, args.image_size), batch=16,
-                           categories=categories, process=process, workers=args.workers,
-                           locate=choose_locate(args))
-
-    def measure(self, model):
-        """-> PCK@0.2 and the number of objects, in every process."""
-        points, _ = self.ask(model.eval())
-        model.train()
-        shares = pck_of_queries(self.instances, points)[:, THRESHOLDS.index(0.2)]
-        return shares.mean().item(), len(shares)
-
-
 # --------------------------------------------------------------------------------------------------- program
 
 
@@ -207,8 +133,7 @@ def parse_arguments(argv):
     add("--allow-missing", action="store_true", help="leave out objects whose photo or prediction is missing")
     add("--decode", choices=DECODINGS, default="greedy", help="what to take of a coordinate's distribution")
     add("--constrained", action="store_true", help="hold answers to the format, so that none is malformed")
-    add("--cumulative", action="store_true", help="ask a photo's keypoints one after another in one "
-        "conversation, the model's own answers among the questions")
+    add("--cumulative", action="store_true", help="ask in turns, behind the model's own answers (ICCV)")
     add("--llm", metavar="DIR", help="where its weights are, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")
     add("--dtype", choices=DTYPES, help="of frozen weights and computing; by default bf16 on CUDA, else fp32")
@@ -225,82 +150,36 @@ def parse_arguments(argv):
     return args
 
 
-def read_subset(data, split, subset, categories):
-    """-> the Instances of an annotation file, at least one, and the folder of their photos."""
-    path = annotation_file(data, split, subset)
-    instances = read_instances(path, categories)
-    if not instances:
-        raise InputError(f"{path}: no object to evaluate")
-    return instances, Path(data, "images")
-
-
-def read_categories(args, checkpoint):
-    """-> {id: Category}: those of the checkpoint, replaced by those of --descriptions or in --data."""
-    known = parse_descriptions(checkpoint["descriptions"], args.checkpoint) if checkpoint else {}
-    own = Path(args.data, "descriptions.json") if args.data else None
-    path = args.descriptions or (own if own and own.exists() else None)
-    if checkpoint and not path:
-        return known
-    path = path or find("descriptions.json")
-    say(f"descriptions: {path}")
-    return known | parse_descriptions(read_json(path), path)
-
-
-def find_folder(args):
-    """Where results go: beside the checkpoint, but never among this repository's own files."""
-    path, root = Path(args.checkpoint), Path(__file__).resolve().parent
-    folder, whole = path.parent, path.resolve().parent
-    if whole.is_relative_to(root) and not whole.is_relative_to(root / "runs"):
-        folder = Path("runs", whole.name)
-    folder = folder / "best" if path.name == "best.pt" else folder
-    return Path(args.out or (folder if args.subset == "test" else folder / args.subset))
-
-
 def main(argv):
+    from tools.check import describe_shortfall, keep_readable
+    from tools.score import choose_folder, choose_texts, make_report, read_predictions, write_results
     args = parse_arguments(argv)
     checkpoint = read_trained(args.checkpoint) if args.checkpoint else None
     trained = checkpoint["args"] if checkpoint else {"data": "data/mp100", "split": 1}
     data, split = args.data or trained["data"], args.split or trained["split"]
-    annotations, categories = annotation_file(data, split, args.subset), read_categories(args, checkpoint)
-    instances, images = read_subset(data, split, args.subset, categories)
-    from tools.check import describe_shortfall, keep_readable
+    annotations, images = annotation_file(data, split, args.subset), Path(data, "images")
+    categories = choose_texts(args, checkpoint)
+    instances = read_instances(annotations, categories)
     if shortfall := describe_shortfall(annotations):
         say(shortfall)
     facts = {"split": split, "subset": args.subset} | ({"cumulative": True} if args.cumulative else {})
     if args.score:
-        from tools.score import read_predictions
+        out = confidences = None
         instances, points, others = read_predictions(args.score, instances, args.allow_missing)
-        report = make_report(instances, points, categories, annotations, args.protocol, **facts, **others)
-        print_report(report)
-        if args.report:
-            write_json(args.report, report)
-        return
-
-    kept, out = keep_readable(instances, images, categories, args.allow_missing), find_folder(args)
-    facts["without photo"] = len(instances) - len(kept)
-    instances = kept
-    points, confidences = ask_checkpoint(args, checkpoint, instances, categories, images, out)
-    if not is_first():
-        return
-    facts["malformed"] = sum(point is None for of_photo in points for point in of_photo)
-    report = make_report(instances, points, categories, annotations, args.protocol, **facts)
-    print_report(report)
-    path = args.report or out / "report.json"
-    write_json(path, report)
-    write_json(out / "predictions.json", [
-        {"annotation_id": o.annotation_id, "keypoints": p, "confidence": [v and round(v, 2) for v in c]}
-        for o, p, c in zip(instances, points, confidences)])
-    from tools.draw import draw_sheet
-    draw_sheet(out / "predictions.png", instances, points, categories, images, confidences)
-    print(f"wrote {path}, {out}/predictions.json and {out}/predictions.png")
+        facts |= others
+    else:
+        kept, out = keep_readable(instances, images, categories, args.allow_missing), choose_folder(args)
+        facts["without photo"] = len(instances) - len(kept)
+        instances = kept
+        points, confidences = ask_checkpoint(args, checkpoint, instances, categories, images)
+        facts["malformed"] = sum(point is None for of_photo in points for point in of_photo)
+    if is_first():
+        report = make_report(instances, points, categories, annotations, args.protocol, **facts)
+        write_results(args.report, out, report, instances, points, confidences, categories, images)
 
 
-def ask_checkpoint(args, checkpoint, instances, categories, images, out):
-    """ask() of a checkpoint's network, once it is known that the results can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{out}: cannot be made ({e})") from e
+def ask_checkpoint(args, checkpoint, instances, categories, images):
+    """ask() of a checkpoint's network."""
     process = start_processes()
     model, chat, _ = load_trained(args.checkpoint, process.device, args.llm, args.vit, args.dtype, checkpoint)
     check_decoding(chat, args.decode, args.constrained)

@@ -7,17 +7,13 @@
 Here are the two networks joined, the loss that trains them, and the textbook's way to generate an answer.
 decode.py answers faster. Letters: B conversations, P photos, N image tokens, T tokens of text, D width of
 the LLM, R tokens that are to be learned.
-`python model.py` shows shapes and a loss.
 """
-
-import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chat import IGNORE, Category, Chat, Scene
+from chat import IGNORE, Chat
 from common import reading
 from llama import Cache, Llama
 from lora import add_lora, load_trainable_state
@@ -118,25 +114,14 @@ def adapt(network, tune, names):
 def load_network(args, device="cpu", dtype=None):
     """A network of published weights with fresh adapters, and the Chat that belongs to it.
 
-    args: train.py's arguments. Used are vit, llm, image_size, seed, tune_vit and tune_llm ("frozen", "full"
-    or, as in the paper, "lora"), and for the paper's other tables instruction, answer and pretrain. dtype: of
-    frozen weights and of computing, "fp32" or "bf16"; by default bf16 on CUDA, fp32 elsewhere. What trains is
-    fp32 and requires grad. InputError names the file that cannot be used.
+    args: train.py's arguments of group "network", and its seed. dtype: of frozen weights and of computing,
+    "fp32" or "bf16"; by default bf16 on CUDA, fp32 elsewhere. What trains is fp32 and requires grad.
+    InputError names the file that cannot be used.
     """
     torch.manual_seed(args.seed)  # adapters and projection start the same in all processes
     dtype = DTYPES[dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
-    Encoder, Network, make_chat = ViT, CapeLLM, Chat
-    if args.answer == "token":  # Table 8
-        from paper.keypoint_token import KeypointChat as make_chat
-        from paper.keypoint_token import KeypointLLM as Network
-    if args.pretrain or args.instruction != "description":  # Tables 3, 6, 7 and 9
-        from paper.instructions import find_instruction
-        chat = make_chat(args.llm, find_instruction(args.instruction, args.pretrain))
-    else:
-        chat = make_chat(args.llm)
-    with reading(config := Path(args.vit, "config.json"), "say with --vit where the ViT is"):
-        if json.loads(config.read_text())["model_type"] == "hiera":  # Table 4
-            from paper.hiera import Hiera as Encoder
+    from paper import choose_parts  # where a table of the paper compares with others than its own
+    Encoder, Network, chat = choose_parts(args, ViT, CapeLLM, Chat)
     with reading(args.vit):
         vit_dtype = torch.float32 if args.tune_vit == "full" else dtype
         vit = Encoder.load(args.vit, args.image_size, vit_dtype, device)
@@ -160,23 +145,3 @@ def load_weights(model, checkpoint, path):
     """Fills in the trained weights of what read_checkpoint() gave."""
     with reading(path, "was it trained with these --llm and --vit?"):
         load_trainable_state(model, checkpoint["model"])
-
-
-if __name__ == "__main__":
-    from argparse import Namespace
-    toy = Path(__file__).parent / "assets/toy"
-    model, chat = load_network(Namespace(
-        vit=toy / "vit", llm=toy / "llm", image_size=112, seed=0, tune_vit="lora", tune_llm="lora",
-        answer="text", instruction="description", pretrain=None))
-    foot = ("first leg foot", "the far end of the leg that is blue")
-    conversation = chat.encode_conversation(Scene(Category("creature", [foot]), [(foot, (0.25, 0.875))]))
-    tokens, labels = (torch.tensor([part]) for part in conversation)
-    image = torch.rand(1, 3, 112, 112)
-    print(f"photo {tuple(image.shape)} -> image tokens {tuple(model.see(image).shape)}")
-    print(f"tokens {tuple(tokens.shape)}, of which {(labels != IGNORE).sum()} are learned")
-    loss = model(image, tokens, labels)
-    print(f"loss {loss:.3f}: the LLM knows how answers are written; the new projection shows it nothing yet")
-    loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    print(f"gradients for {sum(p.numel() for p in trained):,} "
-          f"of {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -24,7 +24,7 @@ import torch
 
 from chat import Category
 from common import InputError, Parser, positive, read_json, reading, run, start_processes
-from data import Crop, average_blocks, normalize, parse_descriptions
+from data import Crop, normalize, parse_descriptions
 from decode import DECODINGS, check_decoding, choose_locate, load_trained, read_trained
 from model import DTYPES
 
@@ -97,7 +97,7 @@ class Locator:
         photo = open_photo(photo)
         x, y, w, h = check_box(box, photo)
         crop = Crop(x + w / 2, y + h / 2, max(w, h))
-        return crop, crop.cut_from(*average_blocks(photo, 1, crop.side, self.size), self.size)
+        return crop, crop.cut_from(photo, 1, self.size)
 
 
 def make_found(p, crop):

@@ -9,16 +9,16 @@ a crash at the last checkpoint.
 
 An optimizer step takes --batch conversations, cut into micro-batches that the processes share out and
 accumulate. Everything random is drawn from (seed, epoch, example) or from (seed, number of the micro-batch),
-so a restart or the number of workers changes nothing, and the number of processes only the rounding.
+so a restart or the number of workers changes nothing, and the number of processes only the rounding. How a
+run is saved, found again and stopped is in tools/run.py.
 """
 
-import json
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,26 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import data
 from common import InputError, Parser, loader_options, natural, positive, read_json, run, say, start_processes
-from data import (
-    TrainingSet,
-    annotation_file,
-    collate,
-    group_keypoints,
-    normalize,
-    parse_descriptions,
-    plan_epoch,
-    read_instances,
-)
 from lora import trainable_state
-from model import DTYPES, load_network, load_weights, read_checkpoint
+from model import DTYPES, load_network, load_weights
 
 # -------------------------------------------------------------------------------------------------- settings
-
-
-def number_of_rounds(text):
-    """The type of --rounds."""
-    return text if text == "dynamic" else positive(text)
 
 
 def make_parser():
@@ -59,8 +45,8 @@ def make_parser():
     add("--warmup", type=float, default=0.03, metavar="X", help="share of steps in which it rises")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="AdamW's weight decay")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient; 0 is any")
-    add("--rounds", type=number_of_rounds, default=4, metavar="N",
-        help="keypoints asked in a conversation (Table 4), or dynamic")
+    add("--rounds", type=lambda text: text if text == "dynamic" else positive(text), default=4, metavar="N",
+        help="keypoints asked in a conversation, or dynamic: Table 4")
     add("--seed", type=natural, default=42, metavar="N", help="of all that is random")
     add = parser.add_argument_group("network").add_argument
     add("--llm", default="weights/Llama-3.1-8B", metavar="DIR", help="the folder of its files")
@@ -76,7 +62,7 @@ def make_parser():
     add("--split", type=positive, default=1, metavar="N", help="of MP-100, 1 to 5")
     add("--descriptions", metavar="JSON", help="default: descriptions.json, that in --data if there is one")
     add("--allow-missing", action="store_true", help="go on without objects whose photo is missing")
-    add("--out", metavar="DIR", help="folder of the run, by default runs/splitN or runs/ and --data's name")
+    add("--out", metavar="DIR", help="of the run, by default runs/splitN or runs/ and --data's name")
     add("--fresh", action="store_true", help="start anew where there is a run, which is overwritten")
     add("--init", metavar="CKPT", help="start from a checkpoint, and with its --llm, --vit and --image-size")
     add("--init-projection", metavar="CKPT", help="likewise, but from its projection alone: Table 9")
@@ -85,56 +71,16 @@ def make_parser():
     add("--pack", action="store_true", help="all conversations of a photo behind one copy of it: faster, "
         "but --batch then counts photos, and all keypoints of a photo are in one step and crop")
     add("--checkpoint-activations", action="store_true", help="far less memory for half as much work again")
-    add("--compile", action="store_true", help="torch.compile every block")
     add("--dtype", choices=DTYPES, help="of frozen weights and computing; by default bf16 on CUDA, else fp32")
     add("--workers", type=natural, default=min(4, os.cpu_count()), metavar="N", help="processes for photos")
     add("--save-every", type=positive, default=100, metavar="N", help="steps between checkpoints")
-    add("--validate", type=natural, default=0, metavar="N", help="steps between measurements of "
-        "PCK@0.2 on 100 objects of the validation set, the best in best.pt; 0 is never")
+    add("--validate", type=natural, default=0, metavar="N", help="steps between PCK@0.2; 0: none")
     return parser
 
 
-# arguments that change nothing of what is learned
-WITHOUT_EFFECT = {"out", "fresh", "check", "checkpoint_activations", "compile", "workers", "save_every",
-                  "validate"}
-
-
 def parse_arguments(argv):
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    start = args.init or args.init_projection
-    if args.init:
-        trained = read_checkpoint(args.init)["args"]
-        parser.set_defaults(**{key: trained[key] for key in ("llm", "vit", "image_size")})
-        args = parser.parse_args(argv)  # again, so that flags still win
-    if args.pretrain:
-        if args.validate or args.answer == "token":
-            parser.error("--pretrain locates nothing: leave out --validate and --answer")
-        args.tune_vit = args.tune_llm = "frozen"
-    own = Path(args.data, "descriptions.json")
-    args.descriptions = args.descriptions or str(own if own.exists() else "descriptions.json")
-    name = f"split{args.split}" if args.data == parser.get_default("data") else Path(args.data).name
-    args.out = args.out or f"runs/{f'pretrain-{args.pretrain}' if args.pretrain else name}"
-    if args.fresh and start and Path(start).absolute().parent == Path(args.out).absolute():
-        parser.error(f"--fresh would delete {start}, which the run starts from; choose another --out")
-    return args
-
-
-def find_run(args, descriptions):
-    """-> the checkpoint that the run resumes from, None to start. InputError if it is of another run."""
-    path = Path(args.out, "ckpt.pt")
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same --fresh
-    if not path.exists() or args.fresh and not restarted:
-        return None
-    checkpoint = read_checkpoint(path)
-    old = checkpoint["args"]
-    changed = [f"--{key.replace('_', '-')} {old[key]}, not {value}" for key, value in vars(args).items()
-               if key not in WITHOUT_EFFECT and old.get(key, value) != value]
-    changed += ["other descriptions"] if checkpoint["descriptions"] != descriptions else []
-    if changed:
-        raise InputError(f"{path} is of a run with {'; '.join(changed)}. Start anew with --fresh or "
-                         "another --out")
-    return checkpoint
+    from tools.run import complete
+    return complete(make_parser(), argv)
 
 
 # -------------------------------------------------------------------------------------------------- schedule
@@ -176,10 +122,8 @@ def micro_batches(n, steps, args, rank, world):
 
 
 def seed_dropout(seed, number):
-    """Makes dropout depend on the seed and the micro-batch's number, counted over the run and all processes.
-
-    The number is spread over two ranges of bits, since a CPU's generator looks at only 32 bits of a seed.
-    """
+    """Makes dropout depend on the seed and the micro-batch's number, over the run and all processes."""
+    # spread over two ranges of bits, since a CPU's generator looks at only 32 bits of a seed
     torch.manual_seed(seed + (number << 20) + (number >> 12))
 
 
@@ -188,19 +132,19 @@ def seed_dropout(seed, number):
 
 def load_batches(instances, categories, chat, args, steps, process):
     """Yields this process's micro-batches of `steps`, a range of the run's, with the epoch of each."""
-    group = group_keypoints
+    group = data.group_keypoints
     if args.rounds == "dynamic":
         from paper.iccv import group_dynamically as group
     epoch_steps = steps.stop // args.epochs
     for epoch in range(steps.start // epoch_steps, args.epochs):
-        examples = plan_epoch(instances, args.seed, epoch, args.rounds, args.pack, group)
+        examples = data.plan_epoch(instances, args.seed, epoch, args.rounds, args.pack, group)
         if not examples:
             raise InputError(f"{args.data}: no visible keypoint to train on")
         of_epoch = range(max(0, steps.start - epoch * epoch_steps), epoch_steps)
         loader = DataLoader(
-            TrainingSet(examples, categories, chat, Path(args.data, "images"), args.image_size),
+            data.TrainingSet(examples, categories, chat, Path(args.data, "images"), args.image_size),
             batch_sampler=list(micro_batches(len(examples), of_epoch, args, process.rank, process.world)),
-            collate_fn=collate, pin_memory=process.device.type == "cuda", **loader_options(args.workers))
+            collate_fn=data.collate, pin_memory=process.device.type == "cuda", **loader_options(args.workers))
         yield from ((epoch, batch) for batch in loader)
 
 
@@ -216,58 +160,26 @@ def add_gradients(model, learner, batches, step, args, process):
         seed_dropout(args.seed, (step * accumulation + i) * world + rank)
         is_last = i == accumulation - 1  # only then the processes exchange gradients
         with nullcontext() if is_last or world == 1 else learner.no_sync():
-            micro_loss = learner(normalize(images), tokens, labels, photo_of) / accumulation
+            micro_loss = learner(data.normalize(images), tokens, labels, photo_of) / accumulation
             micro_loss.backward()
         loss += micro_loss.detach()
         n_tokens += tokens.numel() + len(images) * model.vit.n_patches
     return epoch, loss, n_tokens
 
 
-def save(path, **contents):
-    """Writes a new checkpoint beside the old one and then renames it, so that a whole one is there always."""
-    part = path.with_suffix(".part")
-    try:
-        torch.save(contents, part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it takes the old one's name
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch's writer says RuntimeError for a full disk
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e}); free some space; the same command resumes") from e
-
-
-@contextmanager
-def catch_signals():
-    """A list to which Ctrl-C or SIGTERM adds its number. The same signal again ends the program."""
-    before, caught = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, []
-
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as of a job in the background
-            signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def fit(args, process, model, optimizer, batches, steps, validation, texts, best):
+def fit(args, process, model, optimizer, batches, steps, texts, validation=None, best=-1):
     """The training loop over `steps`, a range -> how many steps are done, and the signal that ended it or 0.
 
-    texts: the descriptions, which a checkpoint holds beside the arguments and all that trains. best: the best
-    PCK@0.2 so far.
+    texts: the descriptions, which a checkpoint holds beside the arguments and all that trains. validation:
+    what measures PCK@0.2, if --validate. best: the best PCK@0.2 so far.
     """
+    from tools.run import catch_signals, record
     rank, world, device = process
     # all processes have loaded and drawn the same weights
     learner = model if world == 1 else DistributedDataParallel(model, init_sync=False)
-    parameters, folder = [p for p in model.parameters() if p.requires_grad], Path(args.out)
-    log = open(folder / "log.jsonl", "a", buffering=1) if rank == 0 else None
+    parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    with (catch_signals() as caught,
+    with (catch_signals() as caught,  # a list: Ctrl-C or SIGTERM ends the training after the step
           tqdm(total=steps.stop, initial=steps.start, disable=rank > 0, dynamic_ncols=True) as bar):
         for step in steps:
             began, done = time.perf_counter(), step + 1
@@ -296,20 +208,13 @@ def fit(args, process, model, optimizer, batches, steps, validation, texts, best
             bar.update()
             is_last, is_best = done == steps.stop, False
             if args.validate and (is_last or done % args.validate == 0 and not is_stopped):
-                score, n = validation.measure(model)
-                line["PCK@0.2"] = score
-                if rank == 0:
-                    bar.write(f"step {done}: PCK@0.2 {100 * score:.2f} on {n} objects of the validation set")
-                best, is_best = max(best, score), score > best
+                line["PCK@0.2"] = validation.measure(model)
+                best, is_best = max(best, line["PCK@0.2"]), line["PCK@0.2"] > best
             if rank == 0:
-                log.write(json.dumps(line) + "\n")
                 is_due = done % args.save_every == 0 or is_last or is_stopped
-                for name in ["best.pt"] * is_best + ["ckpt.pt"] * bool(is_due):
-                    save(folder / name, args=vars(args), descriptions=texts, model=trainable_state(model),
-                         optimizer=optimizer.state_dict(), step=done, best=best)
-                if is_due:
-                    from tools.curve import draw_curve
-                    draw_curve(folder)
+                record(args.out, line, ["best.pt"] * is_best + ["ckpt.pt"] * bool(is_due), args=vars(args),
+                       descriptions=texts, model=trainable_state(model), optimizer=optimizer.state_dict(),
+                       step=done, best=best)
             if is_stopped and not is_last:
                 return done, caught[0] if caught else signal.SIGTERM
     return steps.stop, 0
@@ -318,20 +223,9 @@ def fit(args, process, model, optimizer, batches, steps, validation, texts, best
 # --------------------------------------------------------------------------------------------------- program
 
 
-def start_from(model, path, projection_alone):
-    """Takes from another run's checkpoint all weights that train here too in the same shape."""
-    weights, own = read_checkpoint(path)["model"], trainable_state(model)
-    taken = {name: weight for name, weight in weights.items()
-             if name in own and own[name].shape == weight.shape
-             and (name.startswith("projection.") or not projection_alone)}
-    if "projection.weight" not in taken:
-        raise InputError(f"{path}: its projection is of networks of other widths than --vit and --llm")
-    model.load_state_dict(taken, strict=False)
-    say(f"{path}: {len(taken)} of {len(own)} trained tensors start from there")
-
-
 def load(args, device, checkpoint):
     """-> the network, its Chat and the optimizer: as the checkpoint left them, or fresh."""
+    from tools.run import start_from
     model, chat = load_network(args, device, args.dtype)
     optimizer = make_optimizer(model, args, device)
     if checkpoint:
@@ -340,9 +234,6 @@ def load(args, device, checkpoint):
     elif args.init or args.init_projection:
         start_from(model, args.init or args.init_projection, projection_alone=not args.init)
     model.llama.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        for block in [*model.vit.blocks, *model.llama.layers]:
-            block.compile(dynamic=True)
     trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or is_all)
                       for is_all in (False, True))
     say(f"{trained:,} of {total:,} parameters train")
@@ -351,47 +242,35 @@ def load(args, device, checkpoint):
 
 def main(argv):
     from tools.check import check_all, check_briefly, keep_readable
+    from tools.run import Validation, begin, find_run
     args = parse_arguments(argv)
     if args.check:
         return check_all(args)
     process = start_processes()
-    accumulation = args.batch / (args.micro_batch * process.world)
-    if accumulation % 1:
-        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} "
-                         f"x {process.world} processes")
-    if process.device.type == "cpu":
-        say(f"no GPU seen: CPU, {args.dtype or 'fp32'}")
     check_briefly(args, process)
     texts = read_json(args.descriptions)
-    categories = parse_descriptions(texts, args.descriptions)
-    instances = read_instances(annotation_file(args.data, args.split, "train"), categories)
+    categories = data.parse_descriptions(texts, args.descriptions)
+    instances = data.read_instances(data.annotation_file(args.data, args.split, "train"), categories)
     instances = keep_readable(instances, Path(args.data, "images"), categories, args.allow_missing)
-    if not instances:
-        raise InputError(f"{args.data}: no object to train on")
     checkpoint = find_run(args, texts)
     rounds = 4 if args.rounds == "dynamic" else args.rounds
     n_examples = sum(1 if args.pack else math.ceil(len(o.keypoints) / rounds) for o in instances)
     steps = range(checkpoint["step"] if checkpoint else 0, args.epochs * math.ceil(n_examples / args.batch))
     if not steps:
         return say(f"finished already, after {steps.start} steps: {args.out}/ckpt.pt; --fresh starts anew")
+    accumulation = args.batch // (args.micro_batch * process.world)
     say(f"{len(instances)} objects of {len({o.category_id for o in instances})} categories")
     say(f"steps {steps.start} to {steps.stop} in {args.epochs} epochs; batch {args.batch} = micro-batch "
-        f"{args.micro_batch} x {process.world} processes x {accumulation:g} accumulated, on {process.device}")
+        f"{args.micro_batch} x {process.world} processes x {accumulation} accumulated, on {process.device}")
 
     model, chat, optimizer = load(args, process.device, checkpoint)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     best = checkpoint.get("best", -1) if checkpoint else -1
-    if checkpoint:
-        checkpoint.clear()  # of a full fine-tuning it is several GB
-    elif process.rank == 0:
-        for name in "best.pt", "ckpt.pt", "log.jsonl":
-            Path(args.out, name).unlink(missing_ok=True)
-    validation = None
-    if args.validate:
-        from evaluate import Validation
-        validation = Validation(args, chat, categories, process)
+    if process.rank == 0 and not checkpoint:
+        begin(args.out)
+    del checkpoint  # of a full fine-tuning it is several GB
+    validation = Validation(args, chat, categories, process) if args.validate else None
     batches = load_batches(instances, categories, chat, args, steps, process)
-    done, number = fit(args, process, model, optimizer, batches, steps, validation, texts, best)
+    done, number = fit(args, process, model, optimizer, batches, steps, texts, validation, best)
     if number:
         say(f"stopped after step {done} of {steps.stop}; the same command resumes")
         if process.world > 1:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from common import run
 from data import annotation_file, crop_of, read_instances
-from evaluate import make_report, print_report
 from realworld.data import read_categories
 from realworld.features import look
+from tools.score import make_report, print_report
 from vit import ViT
 
 

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 
 from common import run
 from data import annotation_file, crop_of, read_instances
-from evaluate import COLUMNS, pck_of_queries, read_predictions
+from evaluate import pck_of_queries
 from realworld.data import read_categories
+from tools.score import COLUMNS, read_predictions
 
 SIDE = 240  # pixels of a photo in the pictures
 INK, PALE, BLUE, RED = (40, 40, 48), (228, 228, 234), (46, 92, 184), (206, 52, 52)

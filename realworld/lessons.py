@@ -13,7 +13,7 @@ from torch import nn
 from chat import write_point
 from data import annotation_file
 
-PATCHES, ROUNDS = 8, 6  # patches a side; questions about a photo
+PATCHES, QUESTIONS = 8, 4  # patches a side; questions about a photo
 QUESTION = "User: where is the {}?\nReference: {}\nAssistant:"
 # What the tokens of " [0.123,0.456]" and of the end count in the loss: the first digits most.
 ANSWER_WEIGHTS = [0.1, 1, 0.3, 0.1, 0.1, 1, 0.3, 0.1, 0.1, 0.1]
@@ -60,7 +60,7 @@ class Texts:
 
 
 class Photos:
-    """Cached patches, drawn by keypoint set: one with n photos n**0.85 times as often as one with a photo."""
+    """Cached patches, drawn by category: one with n photos n**0.7 times as often as one with a photo."""
 
     def __init__(self, features, split, data, categories):
         files = sorted(features.glob(f"{split}*.pt"))
@@ -77,42 +77,41 @@ class Photos:
         for row, points in zip(rows, self.points):
             visible = np.array(row["keypoints"][2::3]) > 0
             self.asked.append(np.flatnonzero(visible & ((points >= 0) & (points < 1)).all(1)))
-        of_set = {}
+        of_category = {}
         for i, number in enumerate(self.category):
             if len(self.asked[i]):
-                names = tuple(name for name, _ in categories[number].keypoints)
-                of_set.setdefault(names, []).append(i)
-        self.sets = list(of_set.values())
-        weights = np.array([len(rows) ** 0.85 for rows in self.sets])
+                of_category.setdefault(number, []).append(i)
+        self.categories = list(of_category.values())
+        weights = np.array([len(rows) ** 0.7 for rows in self.categories])
         self.shares = weights / weights.sum()
 
     def draw(self, rng, n):
-        return [int(rng.choice(self.sets[s])) for s in rng.choice(len(self.sets), n, p=self.shares)]
+        chosen = rng.choice(len(self.categories), n, p=self.shares)
+        return [int(rng.choice(self.categories[c])) for c in chosen]
 
 
 def make_batch(rng, photos, texts, chosen):
-    """-> patches (B, 64, 384); tokens, what they count, which are first digits (B, T); what is to be seen.
+    """-> patches (P, 64, 384); photo_of (B,); tokens, what they count, which are first digits (B, T); seen.
 
-    The last is rows of (patch of the batch, word it shows). One word in 30 is not understood, so that a
-    sentence with a word that is new to the model can be read.
+    B questions about P photos, each alone behind its photo, as it is asked in a test: whoever has heard where
+    one wing is need not look for the other. `seen` is rows of (patch of the batch, word it shows). One word
+    in 30 is not understood, so that a sentence with a word that is new to the model can be read.
     """
-    said, counts, firsts, seen = [], [], [], []
-    for b, i in enumerate(chosen):
+    photo_of, said, counts, firsts, seen = [], [], [], [], []
+    for p, i in enumerate(chosen):
         number, points = photos.category[i], photos.points[i]
-        tokens, weights, first = [BOS, *texts.encode("\n")], [0, 0], [False, False]
-        for k in rng.permutation(photos.asked[i])[:ROUNDS]:
+        for k in rng.permutation(photos.asked[i])[:QUESTIONS]:
             x, y = (float(v) for v in points[k])
             question = [UNK if rng.random() < 0.03 else token for token in texts.questions[number][k]]
             answer = [*texts.encode(write_point((x, y))), EOS]
-            tokens += question + answer
-            weights += [0] * len(question) + ANSWER_WEIGHTS
-            first += [False] * len(question) + [place in FIRST_DIGITS for place in range(len(answer))]
-            patch = (b * PATCHES + int(PATCHES * y)) * PATCHES + int(PATCHES * x)
+            photo_of.append(p)
+            said.append(torch.tensor([*texts.encode("\n"), *question, *answer]))
+            counts.append(torch.tensor([0] * (1 + len(question)) + ANSWER_WEIGHTS))
+            firsts.append(torch.tensor([False] * (1 + len(question)) +
+                                       [place in FIRST_DIGITS for place in range(len(answer))]))
+            patch = (p * PATCHES + int(PATCHES * y)) * PATCHES + int(PATCHES * x)
             seen += [(patch, word) for word in texts.names[number][k]]
-        said.append(torch.tensor(tokens))
-        counts.append(torch.tensor(weights))
-        firsts.append(torch.tensor(first))
     tokens, weights, first = (nn.utils.rnn.pad_sequence(rows, batch_first=True)
                               for rows in (said, counts, firsts))
     patches = (photos.patches[chosen].float() - photos.mean) / photos.std
-    return patches, tokens, weights, first, torch.tensor(seen)
+    return patches, torch.tensor(photo_of), tokens, weights, first, torch.tensor(seen)

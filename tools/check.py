@@ -22,7 +22,7 @@ from tqdm import tqdm
 import llama
 import vit
 from chat import Chat
-from common import InputError, read_json, reading, run
+from common import InputError, read_json, reading, run, say
 from data import annotation_file, parse_descriptions, read_instances
 from model import CapeLLM, adapt
 
@@ -45,7 +45,7 @@ def describe_shortfall(annotations):
         names = {category["id"]: category["name"] for category in raw.get("categories", [])}
         counts = Counter(annotation["category_id"] for annotation in raw["annotations"])
     is_mp100 = names and all(known.get(str(i), {}).get("name") == name for i, name in names.items())
-    if subset not in N_CATEGORIES or not is_mp100:
+    if subset not in N_CATEGORIES or not is_mp100 or "held out" in raw:
         return ""
     lacks = []
     if len(names) < N_CATEGORIES[subset]:
@@ -101,7 +101,6 @@ def check_annotations(args, categories):
             found = read_instances(path, categories)
             instances += found
             print(f"{path}: {len(found):,} objects of {len({o.category_id for o in found})} categories")
-            problems += [] if found else [f"{path}: no object"]
             shortfall = describe_shortfall(path)
             problems += [shortfall] if shortfall else []
         except InputError as e:
@@ -299,6 +298,11 @@ def check_run(args, n_processes):
 
 def check_briefly(args, process):
     """What takes no time, at the start of a training. InputError if it will not do."""
+    if args.batch % (args.micro_batch * process.world):
+        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} "
+                         f"x {process.world} processes")
+    if process.device.type == "cpu":
+        say(f"no GPU seen: CPU, {args.dtype or 'fp32'}")
     check_run(args, process.world)
 
 

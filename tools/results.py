@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import InputError, printable, write_json, write_whole
+from common import InputError, make_folder, printable, write_json, write_whole
 from tools.draw import draw_points, save_picture
 from tools.photos import Job, check_box, open_photo
 
@@ -76,13 +76,6 @@ def open_photos(jobs, bar, is_only):
             line = str(e).removeprefix(printable(f"{job.path}: "))
             bar.write(f"{printable(str(job.path))}: {line}", file=sys.stderr)
     return batch
-
-
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be made ({e})") from e
 
 
 def name_file(path, ending, taken):

@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common import InputError, reading
+from common import InputError, make_folder, reading
 from tools.draw import PAPER, Mark, draw_marks, make_name, make_palette, write
 from tools.photos import check_box
-from tools.results import make_folder, round_off
+from tools.results import round_off
 
 
 class Film(NamedTuple):

@@ -1,0 +1,151 @@
+"""Around the training loop: its arguments, its folder, its end by a signal, what is measured on the way.
+
+    runs/split1/ckpt.pt      arguments, descriptions, all that trains, the optimizer's state
+    runs/split1/best.pt      likewise, when --validate measured the best PCK@0.2
+    runs/split1/log.jsonl    a line for each optimizer step
+    runs/split1/curve.png
+"""
+
+import json
+import os
+import random
+import signal
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import InputError, is_first, say
+from data import annotation_file, read_instances
+from decode import choose_locate
+from evaluate import THRESHOLDS, Photos, ask, pck_of_queries
+from lora import trainable_state
+from model import read_checkpoint
+from tools.check import keep_readable
+from tools.curve import draw_curve
+
+# arguments that change nothing of what is learned
+WITHOUT_EFFECT = {"out", "fresh", "check", "checkpoint_activations", "workers", "save_every", "validate"}
+
+
+def complete(parser, argv):
+    """train.py's arguments, those filled in that follow from others."""
+    args = parser.parse_args(argv)
+    start = args.init or args.init_projection
+    if args.init:
+        trained = read_checkpoint(args.init)["args"]
+        parser.set_defaults(**{key: trained[key] for key in ("llm", "vit", "image_size")})
+        args = parser.parse_args(argv)  # again, so that flags still win
+    if args.pretrain:
+        if args.validate or args.answer == "token":
+            parser.error("--pretrain locates nothing: leave out --validate and --answer")
+        args.tune_vit = args.tune_llm = "frozen"
+    own = Path(args.data, "descriptions.json")
+    args.descriptions = args.descriptions or str(own if own.exists() else "descriptions.json")
+    name = f"split{args.split}" if args.data == parser.get_default("data") else Path(args.data).name
+    args.out = args.out or f"runs/{f'pretrain-{args.pretrain}' if args.pretrain else name}"
+    if args.fresh and start and Path(start).absolute().parent == Path(args.out).absolute():
+        parser.error(f"--fresh would delete {start}, which the run starts from; choose another --out")
+    return args
+
+
+def find_run(args, descriptions):
+    """-> the checkpoint that the run resumes from, None to start. InputError if it is of another run."""
+    path = Path(args.out, "ckpt.pt")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same --fresh
+    if not path.exists() or args.fresh and not restarted:
+        return None
+    checkpoint = read_checkpoint(path)
+    old = checkpoint["args"]
+    changed = [f"--{key.replace('_', '-')} {old[key]}, not {value}" for key, value in vars(args).items()
+               if key not in WITHOUT_EFFECT and old.get(key, value) != value]
+    changed += ["other descriptions"] if checkpoint["descriptions"] != descriptions else []
+    if changed:
+        raise InputError(f"{path} is of a run with {'; '.join(changed)}. Start anew with --fresh or "
+                         "another --out")
+    return checkpoint
+
+
+def begin(folder):
+    """Makes the folder of a run that starts, and deletes what another run has left there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name in "best.pt", "ckpt.pt", "log.jsonl":
+        Path(folder, name).unlink(missing_ok=True)
+
+
+def start_from(model, path, projection_alone):
+    """Takes from another run's checkpoint all weights that train here too in the same shape."""
+    weights, own = read_checkpoint(path)["model"], trainable_state(model)
+    taken = {name: weight for name, weight in weights.items()
+             if name in own and own[name].shape == weight.shape
+             and (name.startswith("projection.") or not projection_alone)}
+    if "projection.weight" not in taken:
+        raise InputError(f"{path}: its projection is of networks of other widths than --vit and --llm")
+    model.load_state_dict(taken, strict=False)
+    say(f"{path}: {len(taken)} of {len(own)} trained tensors start from there")
+
+
+def record(folder, line, names, **contents):
+    """Adds a line to log.jsonl, and writes checkpoints of these names."""
+    with open(Path(folder, "log.jsonl"), "a") as log:
+        log.write(json.dumps(line) + "\n")
+    for name in names:
+        save(Path(folder, name), **contents)
+    if names:
+        draw_curve(folder)
+
+
+def save(path, **contents):
+    """Writes a new checkpoint beside the old one and then renames it, so that a whole one is there always."""
+    part = path.with_suffix(".part")
+    try:
+        torch.save(contents, part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch's writer says RuntimeError for a full disk
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({e}); free some space; the same command resumes") from e
+
+
+@contextmanager
+def catch_signals():
+    """A list to which Ctrl-C or SIGTERM adds its number. The same signal again ends the program."""
+    before, caught = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, []
+
+    def note(number, _):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as of a job in the background
+            signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Validation:
+    """What train.py --validate measures: PCK@0.2 of the same 100 objects of the validation set."""
+
+    def __init__(self, args, chat, categories, process):
+        instances = read_instances(annotation_file(args.data, args.split, "val"), categories)
+        images = Path(args.data, "images")
+        instances = random.Random(0).sample(instances, min(100, len(instances)))
+        self.instances = keep_readable(instances, images, categories, args.allow_missing)
+        self.ask = partial(ask, chat=chat, photos=Photos(self.instances, images, args.image_size), batch=16,
+                           categories=categories, process=process, workers=args.workers,
+                           locate=choose_locate(args))
+
+    def measure(self, model):
+        """-> PCK@0.2, in every process."""
+        points, _ = self.ask(model.eval())
+        model.train()
+        score = pck_of_queries(self.instances, points)[:, THRESHOLDS.index(0.2)].mean().item()
+        if is_first():
+            tqdm.write(f"PCK@0.2 {100 * score:.2f} on {len(points)} objects of the validation set")
+        return score
