@@ -12,16 +12,7 @@ from conftest import MadeUpChat, generate_all, load_parity
 
 import decode
 from chat import write_point
-from decode import (
-    DECODINGS,
-    Prediction,
-    answer_greedily,
-    group_by_length,
-    locate,
-    make_prediction,
-    mass_near,
-    number_distribution,
-)
+from decode import DECODINGS, Prediction, answer_greedily, locate, make_prediction, number_distribution
 
 
 def flat(lists):
@@ -202,12 +193,12 @@ def test_locate_reads_coordinates_in_the_way_asked_for(shared):
 
 
 def test_questions_of_like_length_are_asked_together():
-    assert group_by_length([61, 45, 66, 47]) == [[1, 3], [0, 2]]  # the example of its docstring
+    assert decode.group_by_length([61, 45, 66, 47]) == [[1, 3], [0, 2]]  # the example of its docstring
     lengths = np.random.default_rng(0).integers(1, 300, 200).tolist()
-    groups = group_by_length(lengths, 16)
+    groups = decode.group_by_length(lengths, 16)
     assert sorted(flat(groups)) == [*range(200)]
     assert all(max(lengths[i] for i in group) - min(lengths[i] for i in group) < 16 for group in groups)
-    assert group_by_length([]) == []
+    assert decode.group_by_length([]) == []
 
 
 def digit(**likely):
@@ -236,9 +227,9 @@ def test_number_distribution_by_hand():
 def test_mass_near_by_hand():
     p = np.zeros(1000)
     p[[199, 201, 300, 399, 401]] = 0.1, 0.2, 0.3, 0.15, 0.25
-    assert mass_near(0.3, p) == pytest.approx(0.2 + 0.3 + 0.15)
-    assert mass_near(0.3, p, reach=0.05) == pytest.approx(0.3)
-    assert mass_near(0.0, p) == 0
+    assert decode.mass_near(0.3, p) == pytest.approx(0.2 + 0.3 + 0.15)
+    assert decode.mass_near(0.3, p, reach=0.05) == pytest.approx(0.3)
+    assert decode.mass_near(0.0, p) == 0
 
 
 @pytest.mark.parametrize("chat", ["tiny"], indirect=True)

@@ -2,7 +2,6 @@
 
 import colorsys
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,25 +150,21 @@ def test_a_sheet_takes_turns_between_categories(tmp_path, monkeypatch):
     instances = read_instances(data / "annotations" / "mp100_split1_test.json", categories)
     wagons, kites, shown = instances[0::2], instances[1::2], []
 
-    def draw_tile(photo, box, category, predicted, annotated, confidence):
-        shown.append(SimpleNamespace(box=box, category=category, predicted=predicted, annotated=annotated,
-                                     confidence=confidence))
+    def draw_tile(photo, *tile):
+        shown.append(tile)
         return Image.new("RGB", (400, 100), "red")
     monkeypatch.setattr(draw, "draw_tile", draw_tile)
-
     instances = [*wagons, *kites]
     predicted = [[(i, k) for k in range(len(instance.keypoints))] for i, instance in enumerate(instances)]
     confidence = [[0.1 * i] * len(points) for i, points in enumerate(predicted)]
     draw.draw_sheet(tmp_path / "sheet.png", instances, predicted, categories, data / "images", confidence,
                     n=4, width=800)
-    expected = [0, 3, 1, 4]  # of instances
-    assert [tile.box for tile in shown] == [instances[i].box for i in expected]
-    assert [tile.predicted for tile in shown] == [predicted[i] for i in expected]
-    assert [tile.confidence for tile in shown] == [confidence[i] for i in expected]
-    assert [tile.category.name for tile in shown] == ["wagon", "kite", "wagon", "kite"]
-    hidden_in_102 = shown[2].annotated
-    assert hidden_in_102[1] is None and hidden_in_102[0] == tuple(wagons[1].keypoints[0])
-
+    for i, (box, category, points, annotated, confidences) in zip([0, 3, 1, 4], shown, strict=True):
+        instance = instances[i]
+        assert (box, category) == (instance.box, categories[instance.category_id])
+        assert (points, confidences) == (predicted[i], confidence[i])
+        assert annotated[0] == tuple(instance.keypoints[0])
+    assert shown[2][3][1] is None  # hidden in annotation 102
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
     red = (sheet == (255, 0, 0)).all(-1)
     assert red.sum() == 4 * 400 * 100  # no tile covers another

@@ -271,16 +271,6 @@ def test_what_the_object_is_comes_first_and_is_said_freely_and_once_a_photo(tiny
         assert answers_of(found) == converse(model, images, questions, chat, cumulative)
 
 
-def test_no_question_is_no_answer(tiny):
-    model, images, _ = made_up(tiny, [0, 0])
-    for cumulative in False, True:
-        for instruction in ask_with_description, ask_step_by_step:
-            chat = MadeUpChat(1, instruction)
-            assert locate_in_turns(model, images, [[], []], chat, cumulative=cumulative) == [[], []]
-    model, chat = load_tiny(tiny, answer="token")
-    assert keypoint_token.locate(model, images, [[], []], chat) == [[], []]
-
-
 # ------------------------------------------------------------------------------------------------- <KEYPOINT>
 
 

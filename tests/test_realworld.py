@@ -12,9 +12,7 @@ import pytest
 from conftest import ROOT
 from test_descriptions import holds, read_claims
 
-from chat import Category, Chat
-from data import Instance
-from realworld.baselines import guess_means, mean_places
+from chat import Chat
 from realworld.data import mirror, other_side, read_categories, read_folder, swap_sides
 from realworld.lessons import QUESTION, make_tokenizer
 
@@ -97,7 +95,6 @@ def test_claims_are_true(data):
                 if truth and np.mean(truth) < 0.5:
                     wrong.append(f"{set_name}, {names[k]}, {claim.kind} {[names[n] for n in claim.others]}: "
                                  f"{np.mean(truth):.0%}")
-        print(f"{set_name:15} {np.mean(cases) if cases else 1:.1%} of {len(cases)}")
         if cases and np.mean(cases) < (0.65 if set_name == "person_14" else 0.85):
             wrong.append(f"{set_name}: {np.mean(cases):.1%} of {len(cases)}")
     assert not wrong, "\n".join(wrong)
@@ -130,16 +127,5 @@ def test_questions_are_those_of_the_programs(tmp_path):
         asked = [tokenizer.encode("\n" + QUESTION.format(*keypoint)).ids for keypoint in category.keypoints]
         assert chat.encode_questions(category) == asked
         assert not any(0 in question for question in asked), category.name  # 0 is <unk>
-    assert " antenna" not in tokenizer.get_vocab() and " picture's" in tokenizer.get_vocab()
     assert tokenizer.encode(" a wing, a bill.\nAssistant:").tokens == [
         "<unk>", " wing", "<unk>", " bill", "\nAssistant:"]
-
-
-def test_means():
-    seen, asked = Category("a", [("nose", ""), ("tail", "")]), Category("b", [("tail", ""), ("fin", "")])
-    one = Instance(1, 1, "a.jpg", (0, 0, 100, 50), np.array([[10., 20], [90, 20]]), np.array([True, True]))
-    other = Instance(2, 2, "b.jpg", (100, 100, 10, 10), np.zeros((2, 2)), np.array([True, True]))
-    means = mean_places([one], {1: seen})
-    np.testing.assert_allclose(means["tail"], [0.9, 0.45])  # the crop is 100 pixels wide, from y = -25 on
-    [guess] = guess_means([other], {2: asked}, means)
-    np.testing.assert_allclose(guess, [[109, 104.5], [105, 104.5]])
