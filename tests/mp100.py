@@ -32,7 +32,8 @@ def make_mp100(folder, categories, instances, splits=(1,), is_visible=lambda i, 
     for subset, counts in instances.items():
         contents = {"images": [], "annotations": [],
                     "categories": [{"id": c, "name": categories[c].name} for c in counts]}
-        for i, category_id in enumerate(take_turns(counts)):
+        turns = [c for n in range(max(counts.values())) for c, count in counts.items() if n < count]
+        for i, category_id in enumerate(turns):
             image, annotation = make_instance(folder, categories[category_id], category_id, i, is_visible)
             contents["images"].append(image)
             contents["annotations"].append(annotation)
@@ -51,12 +52,6 @@ def make_wagons_and_kites(folder):
     counts = {1: 3, 2: 3}
     return make_mp100(folder, CATEGORIES, {"train": counts, "test": counts},
                       is_visible=lambda i, k: (i, k) != (2, 1))
-
-
-def take_turns(counts):
-    """{1: 3, 2: 1} -> [1, 2, 1, 1]"""
-    rounds = range(max(counts.values()))
-    return [category_id for n in rounds for category_id, count in counts.items() if n < count]
 
 
 def make_instance(folder, category, category_id, i, is_visible):

@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -49,23 +49,6 @@ def free_frames(error):
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
-
-
-@contextmanager
-def silent_workers(dataset, folder):
-    """Workers report an error before each photo, as if it went uncaught. None of it may be printed."""
-    get = dataset.__getitem__
-
-    def report_and_get(self, i):
-        (folder / "reported").touch()
-        sys.excepthook(BrokenPipeError, BrokenPipeError("in a worker"), None)
-        return get(self, i)
-    with pytest.MonkeyPatch.context() as patch, open(folder / "stderr", "w") as stderr:
-        patch.setattr(sys, "stderr", stderr)
-        patch.setattr(dataset, "__getitem__", report_and_get)
-        yield
-    assert (folder / "reported").exists()
-    assert "in a worker" not in (folder / "stderr").read_text()
 
 
 def in_two_processes(main, arguments, folder):

@@ -23,8 +23,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from chat import Category, Chat
-
 TEXTS = json.loads((ROOT / "descriptions.json").read_text(encoding="utf-8"))
 # the same points under other names
 RENAMED = json.loads((ROOT / "assets/animal_body_renamed.json").read_text(encoding="utf-8"))
@@ -145,10 +143,9 @@ class Geometry:
         self.own_left = self.find_own_left()
 
     def find_own_left(self):
-        """Which way the subject's own left is in the photo, as (x, y).
+        """Which way the subject's own left is in the photo, as (x, y): nowhere for a set without sides.
 
-        Right, where the subject is seen from the front. Up for the insects, which are seen from above with
-        the head to the right. A set without sides has no left, so that no claim on it is true.
+        Right, seen from the front. Up for insects, seen from above with the head to the right.
         """
         if not self.pairs:
             return np.array([np.nan, np.nan])
@@ -183,11 +180,11 @@ def geometry(shared):
 # ------------------------------------------------------------------------------------------------------ form
 
 
-def test_the_file_is_mp100s_and_has_no_set_to_spare():
-    assert list(TEXTS["categories"]) == [str(i) for i in range(1, 101)]
+def test_the_file_has_612_keypoints_in_29_sets_and_1573_claims():
     assert {c["keypoint_set"] for c in TEXTS["categories"].values()} == set(TEXTS["keypoint_sets"])
     assert len(TEXTS["keypoint_sets"]) == 29
     assert sum(map(len, TEXTS["keypoint_sets"].values())) == 612
+    assert sum(len(claims_of(keypoints)) for keypoints in TEXTS["keypoint_sets"].values()) == 1573
 
 
 def test_names_are_plain_words_and_cannot_be_mixed_up():
@@ -202,18 +199,15 @@ def test_descriptions_are_short_and_mention_others_by_name():
     problems = []
     for set_name, keypoints in SETS.items():
         names, descriptions = names_of(keypoints), [k["description"] for k in keypoints]
-        for i, keypoint in enumerate(keypoints):
-            description = keypoint["description"]
+        for i, description in enumerate(descriptions):
             claims, mentioned, loose = read_claims(description, names, i)
             wrong = {
-                "keys": set(keypoint) != {"name", "description"},
                 "not 15 to 45 words": not 15 <= len(description.split()) <= 45,
                 "used twice in the set": descriptions.count(description) > 1,
                 "fewer than two other keypoints mentioned": len(mentioned - {i}) < 2,
                 "fewer than two claims": len(claims) < 2,
                 "a claim about itself": any(i in claim.others for claim in claims),
-                f"no name of the set after {loose}": loose,
-            }
+                f"no name of the set after {loose}": loose}
             problems += [f"{set_name}, {names[i]}: {what}" for what, is_so in wrong.items() if is_so]
     assert not problems, "\n".join(problems)
 
@@ -231,28 +225,11 @@ def test_left_and_right_say_whose():
     assert not problems, "\n".join(problems)
 
 
-def test_nothing_is_commanded():
-    for set_name, keypoints in SETS.items():
-        for keypoint in keypoints:
-            assert not re.search(r"\b(look|see|find|follow)\b", keypoint["description"].lower()), set_name
-
-
 def test_left_and_right_are_mirror_images():
     for set_name, keypoints in SETS.items():
         sided = {k["name"]: k["description"].lower() for k in keypoints if mirrored(k["name"]) != k["name"]}
         for name, description in sided.items():
             assert sided.get(mirrored(name)) == mirrored(description), f"{set_name}, {name}"
-
-
-def test_skeletons_join_two_keypoints_once_and_are_mirror_images():
-    assert len(TEXTS["skeletons"]) == 7
-    for set_name, skeleton in TEXTS["skeletons"].items():
-        names = names_of(TEXTS["keypoint_sets"][set_name])
-        joined = [{names[a], names[b]} for a, b in skeleton]  # IndexError: there is no such keypoint
-        assert all(len(pair) == 2 and a >= 0 <= b for pair, (a, b) in zip(joined, skeleton)), set_name
-        assert len({*map(frozenset, joined)}) == len(skeleton), set_name
-        for pair in joined:
-            assert {mirrored(name) for name in pair} in joined, (set_name, pair)
 
 
 def test_skeletons_are_the_benchmarks(shared):
@@ -265,21 +242,6 @@ def test_skeletons_are_the_benchmarks(shared):
             skeleton = [[a - first, b - first] for a, b in category["skeleton"]]
             assert found.setdefault(set_name, skeleton) == skeleton
     assert TEXTS["skeletons"] == {name: skeleton for name, skeleton in found.items() if skeleton}
-
-
-def test_questions_are_short(shared, tmp_path):
-    (tmp_path / "tokenizer.json").symlink_to(shared / "llama3_tokenizer/tokenizer.json")
-    config = {"bos_token_id": 128000, "eos_token_id": 128009, "vocab_size": 128256}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    chat = Chat(tmp_path)
-    lengths = {}
-    for set_name, keypoints in SETS.items():
-        category = Category(set_name, [(k["name"], k["description"]) for k in keypoints])
-        for name, question in zip(names_of(keypoints), chat.encode_questions(category), strict=True):
-            lengths[set_name, name] = len(question)
-    longest = max(lengths, key=lengths.get)
-    print(f"question tokens: mean {np.mean([*lengths.values()]):.1f}, max {lengths[longest]} {longest}")
-    assert lengths[longest] < 110
 
 
 def test_renamed_animal_body_is_the_same_in_other_words():
@@ -315,10 +277,7 @@ def test_sides_are_the_data_s(geometry):
 
 
 def test_claims_are_true(geometry):
-    """In each set all claims hold for the mean layout, and 94 % on the single annotations, in whatever pose.
-
-    (The project asks for 97 % and 85 %.)
-    """
+    """In each set all claims hold for the mean layout, and 94 % on single annotations, in whatever pose."""
     print("\nset                      points  claims  true on annotations   false on means")
     failed = []
     for set_name, keypoints in SETS.items():
@@ -364,48 +323,12 @@ def test_false_texts_are_found_out(geometry, falsify, kinds):
         assert np.mean(judged) < 0.4
 
 
-# ------------------------------------------------------------------------ the reader and the judge themselves
+# ------------------------------------------------------------------------------------------ the judge itself
 
 FACE = ["left eye", "right eye", "inner left eye corner", "left eyebrow", "nose", "chin"]
 # from the front: own left is the image's right
 FACE_XY = np.array([[70, 40], [30, 40], [60, 41], [70, 20], [50, 55], [50, 90]], float)
 OWN_LEFT = np.array([1, 0])
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("Well below both the left eye and the right eye, on the bone.", [("below", 0), ("below", 1)]),
-    ("Just above the nose, and the left eye is elsewhere.", [("above", 4)]),
-    ("Above and to the person's left of the nose, and below the left eyebrow.",
-     [("above", 4), ("left", 4), ("below", 3)]),
-    ("To that person's right of the left eyebrow, nearest to the inner left eye corner.",
-     [("right", 3), ("nearest", 2)]),
-    ("Above the chin, with the left eye and the right eye on either side.",
-     [("above", 5), ("either side", 0, 1)]),
-    ("Closest to the chin, between the left eye and nose.", [("nearest", 5), ("between", 0, 4)]),
-    ("Beside the left eye, joined to the nose.", []),
-])
-def test_reader_finds_claims(text, expected):
-    claims, _, loose = read_claims(text, FACE, subject=9)
-    assert sorted(claims) == sorted(Claim(kind, 9, tuple(others)) for kind, *others in expected)
-    assert not loose
-
-
-@pytest.mark.parametrize("text, said, owned", [
-    ("The eye on the person's own left, to the person's left of the nose.", 2, 2),
-    ("Below the left eyebrow, by the right elbow of someone lying down.", 1, 1),
-    ("To the left of the nose, above the left eye.", 1, 0),
-    ("The person's own eye, on the right.", 1, 0),
-])
-def test_reader_counts_sides_and_whose_they_are(text, said, owned):
-    assert sides_in(text, FACE) == (said, owned)
-
-
-def test_reader_takes_exact_names_only():
-    text = "Below the left eyebrows, near the inner left eye corner, above the mouth."
-    claims, mentioned, loose = read_claims(text, FACE, 4)
-    assert not claims
-    assert mentioned == {2}  # no left eye, no left eyebrow, no mouth
-    assert len(loose) == 2
 
 
 @pytest.mark.parametrize("subject, true, false", [
@@ -421,10 +344,3 @@ def test_judge_knows_true_from_false(subject, true, false):
     for text, truth in (true, True), (false, False):
         (claim,), *_ = read_claims(text, FACE, FACE.index(subject))
         assert holds(claim, FACE_XY, OWN_LEFT) == truth, text
-
-
-def test_judge_asks_for_the_nearest_of_the_visible():
-    claim = Claim("nearest", FACE.index("left eye"), (FACE.index("left eyebrow"),))
-    seen = np.arange(6) != FACE.index("inner left eye corner")
-    assert holds(claim, FACE_XY, None, seen)
-    assert not holds(claim, FACE_XY, None)

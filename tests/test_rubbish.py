@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -43,23 +44,28 @@ TRIED = Counter()  # (reader, what became of a file)
 @pytest.fixture(scope="module", autouse=True)
 def table():
     yield
-    print(f"\n{'reader':16}{'files':>8}{'accepted':>10}{'refused':>9}{'tracebacks':>12}")
+    print(f"\n{'reader':44}{'files':>8}{'accepted':>10}{'refused':>9}{'tracebacks':>12}")
     for reader in dict.fromkeys(reader for reader, _ in TRIED):
         accepted, refused, failed = (TRIED[reader, end] for end in ("accepted", "refused", "failed"))
-        print(f"{reader:16}{accepted + refused + failed:8}{accepted:10}{refused:9}{failed:12}")
+        print(f"{reader:44}{accepted + refused + failed:8}{accepted:10}{refused:9}{failed:12}")
 
 
-def survive(reader, use):
-    """use() reads a file and uses what it holds; or there is one printable line."""
-    end = "failed"
+def survive(reader, path, contents, use, *args):
+    """use(*args) reads a file of these contents and uses what it holds; or there is one printable line."""
+    good, end = path.read_bytes() if path.exists() else None, "failed"
+    path.unlink(missing_ok=True)  # something may still look into the one that was there
+    path.write_bytes(contents)
     try:
-        use()
+        use(*args)
         end = "accepted"
     except InputError as error:
         assert str(error).isprintable() and len(str(error)) > 10
         end = "refused"
     finally:
         TRIED[reader, end] += 1
+        path.unlink()
+        if good is not None:
+            path.write_bytes(good)
 
 
 # --------------------------------------------------------------------------------------- how files are spoilt
@@ -72,7 +78,7 @@ values = st.one_of(st.sampled_from(ODD), st.integers(), st.floats(), st.text(max
                    st.lists(st.integers(-3, 300), max_size=5))
 
 
-def find_places(contents, found=()):
+def find_places(contents):
     """-> (container, key) of every value within lists and dictionaries."""
     items = contents.items() if isinstance(contents, dict) else enumerate(contents)
     for key, value in items:
@@ -116,154 +122,134 @@ def spoilt_json(good):
     return st.integers(0, 9).flatmap(lambda n: as_json if n else damaged(json.dumps(good).encode()))
 
 
-@pytest.fixture(scope="module")
-def world(tiny, tmp_path_factory):
-    """Good files to be spoilt: llm/ and vit/, data/, and a checkpoint ckpt.pt of untrained networks."""
-    folder = tmp_path_factory.mktemp("world")
-    make_wagons_and_kites(folder / "data")
-    for network in "llm", "vit":
-        (folder / network).symlink_to(tiny / network)
-    args = network_arguments(folder)
-    model, _ = load_network(args)
-    torch.save({"args": vars(args) | {"llm": str(args.llm), "vit": str(args.vit)}, "step": 1, "optimizer": {},
-                "descriptions": read_json(folder / "data/descriptions.json"),
-                "model": trainable_state(model)}, folder / "ckpt.pt")
-    load_trained(folder / "ckpt.pt", "cpu")
-    return folder
+# ---------------------------------------------------------------------------------- good files, and their use
 
-
-@pytest.fixture(scope="module")
-def spoil(world, tmp_path_factory):
-    """spoil(name, contents) -> a copy of the world by links, but for one file below it with these bytes."""
-    root = tmp_path_factory.mktemp("spoilt")
-
-    def make(name, contents):
-        for file in world.glob("*/*"):
-            target = root / file.relative_to(world)
-            target.parent.mkdir(exist_ok=True)
-            target.unlink(missing_ok=True)
-            target.symlink_to(file)
-        (root / name).unlink(missing_ok=True)
-        (root / name).write_bytes(contents)
-        return root
-    return make
-
-
-# --------------------------------------------------------------------------------------------------- networks
-
-
-def load_and_use(folder):
-    """Loads networks and reads a photo and a few tokens."""
-    model, _ = load_network(network_arguments(folder))
-    tokens = torch.tensor([[0, 5, 6]])
-    model(torch.zeros(1, 3, 56, 56), tokens, tokens)
-
-
-CONFIGS = {
+MORE = {  # what published config.json hold beside those of our tiny networks
     "llm": dict(head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=False, rope_theta=1e4, rope_scaling=dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=8192)),
     "vit": dict(mlp_ratio=4, layer_norm_eps=1e-6, patch_size=14, use_swiglu_ffn=False, num_register_tokens=0)}
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.fixture(scope="module")
+def world(tiny, tmp_path_factory):
+    """Good files: llm/ and vit/, data/, predictions.json, and a checkpoint ckpt.pt of untrained networks."""
+    folder = tmp_path_factory.mktemp("world")
+    make_wagons_and_kites(folder / "data")
+
+    def write(file, contents):
+        (folder / file).write_text(json.dumps(contents))
+    for network, more in MORE.items():
+        shutil.copytree(tiny / network, folder / network)
+        write(f"{network}/config.json", read_json(tiny / network / "config.json") | more)
+    shutil.copy(ROOT / "assets/toy/llm/tokenizer.json", folder / "llm")
+    weights = dict.fromkeys(load_file(folder / "llm/model.safetensors"), "model.safetensors")
+    write("llm/model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": weights})
+    texts = read_json(folder / "data/descriptions.json") | {"skeletons": {"kite": [[0, 1], [1, 2]]}}
+    write("data/descriptions.json", texts)
+    write("predictions.json", [{"annotation_id": 100 + i, "keypoints": [[1.5, 2], *[None] * (K - 1)]}
+                               for i, K in enumerate([5, 3] * 3)])
+    args = network_arguments(folder)
+    torch.save({"args": vars(args) | {"llm": str(args.llm), "vit": str(args.vit)}, "step": 1, "optimizer": {},
+                "descriptions": texts, "model": trainable_state(load_network(args)[0])}, folder / "ckpt.pt")
+    return folder
+
+
+def use_networks(world):
+    model, _ = load_network(network_arguments(world))
+    tokens = torch.tensor([[0, 5, 6]])
+    model(torch.zeros(1, 3, 56, 56), tokens, tokens)
+
+
+def use_tokenizer(world):
+    chat, ear = Chat(world / "llm"), ("left ear", "the ear on the left, at the top")
+    tokens, _ = chat.encode_conversation(Scene(Category("cat", [ear]), [(ear, (0.25, 0.999))]))
+    chat.encode_questions(Category("cat", [ear]))
+    chat.parse(tokens)
+
+
+def use_descriptions(world):
+    path = world / "data/descriptions.json"
+    categories = parse_descriptions(read_json(path, dict), path)
+    for category in categories.values():
+        Chat(world / "llm").encode_questions(category)
+    return categories
+
+
+def use_annotations(world):
+    categories = use_descriptions(world)
+    instances = read_instances(world / ANNOTATIONS, categories)
+    plan_epoch(instances, 0, 0, 4)
+    for instance in instances:
+        crop_of(instance).cut(world / "data/images/kite/1.jpg", 14)
+    keep_readable(instances, world / "data/images", categories, allow_missing=True)
+    return instances
+
+
+def use_predictions(world):
+    known, points, _ = read_predictions(world / "predictions.json", use_annotations(world), True)
+    for instance, of_object in zip(known, points, strict=True):
+        assert find_hits(instance, of_object).shape == (5, len(instance.keypoints))
+
+
+def use_checkpoint(world):
+    _, _, checkpoint = load_trained(world / "ckpt.pt", torch.device("cpu"))
+    parse_descriptions(checkpoint["descriptions"], world / "ckpt.pt")
+
+
+ANNOTATIONS = "data/annotations/mp100_split1_test.json"
+JSON = {"llm/config.json": use_networks, "vit/config.json": use_networks,
+        "llm/model.safetensors.index.json": use_networks, "llm/tokenizer.json": use_tokenizer,
+        "data/descriptions.json": use_descriptions, ANNOTATIONS: use_annotations,
+        "predictions.json": use_predictions}
+
+
+def test_good_files_are_accepted(world):
+    for use in dict.fromkeys([*JSON.values(), use_checkpoint]):
+        use(world)
+
+
+@pytest.mark.parametrize("file", JSON)
 @rubbish
 @given(st.data())
-def test_a_networks_config(world, spoil, network, data):
-    good = read_json(world / network / "config.json") | CONFIGS[network]
-    contents = data.draw(spoilt_json(good))
+def test_spoilt_json(world, file, data):
+    contents = data.draw(spoilt_json(read_json(world / file)))
     assume(not re.search(rb'"num_hidden_layers": \d{4}', contents))  # so many would be made, one by one
-    folder = spoil(f"{network}/config.json", contents)
-    survive(f"{network} config", lambda: load_and_use(folder))
+    survive(file, world / file, contents, JSON[file], world)
 
 
+@pytest.mark.parametrize("network", MORE)
 @rubbish
 @given(st.data())
-def test_an_index_of_weights(world, spoil, data):
-    keys = load_file(world / "llm/model.safetensors")
-    good = {"metadata": {"total_size": 1}, "weight_map": {key: "model.safetensors" for key in [*keys][:3]}}
-    folder = spoil("llm/model.safetensors.index.json", data.draw(spoilt_json(good)))
-    survive("index.json", lambda: load_and_use(folder))
-    (folder / "llm/model.safetensors.index.json").unlink()
-
-
-@pytest.mark.parametrize("network", CONFIGS)
-@rubbish
-@given(st.data())
-def test_weights(world, spoil, network, data):
-    good = (world / network / "model.safetensors").read_bytes()
+def test_damaged_weights(world, network, data):
+    path = world / network / "model.safetensors"
+    good = path.read_bytes()
     end = 8 + int.from_bytes(good[:8], "little")  # of the header, the part that can go wrong
     header = data.draw(damaged(good[:end]))
-    folder = spoil(f"{network}/model.safetensors", header + good[end:] * (len(header) == end))
-    survive(f"{network} weights", lambda: load_and_use(folder))
+    survive(f"{network} weights", path, header + good[end:] * (len(header) == end), use_networks, world)
 
 
 @rubbish
 @given(st.data())
-def test_a_tokenizer(spoil, data):
-    good = read_json(ROOT / "assets/toy/llm/tokenizer.json")
-    folder = spoil("llm/tokenizer.json", data.draw(spoilt_json(good)))
-
-    def use():
-        chat, ear = Chat(folder / "llm"), ("left ear", "the ear on the left, at the top")
-        tokens, _ = chat.encode_conversation(Scene(Category("cat", [ear]), [(ear, (0.25, 0.999))]))
-        chat.encode_questions(Category("cat", [ear]))
-        chat.parse(tokens)
-    survive("tokenizer", use)
-
-
-# ------------------------------------------------------------------------------------------------------- data
+def test_spoilt_checkpoints(world, data):
+    good = torch.load(world / "ckpt.pt", weights_only=True)
+    tensors = st.sampled_from([torch.tensor(math.nan), torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64),
+                               torch.zeros(1).expand(10**12), torch.eye(2).to_sparse()])
+    part = data.draw(st.sampled_from([*good]))
+    contents = good | {part: data.draw(spoilt(good[part]))}
+    if data.draw(st.booleans()):
+        container, key = data.draw(st.sampled_from([*find_places(contents)]))
+        container[key] = data.draw(tensors)
+    torch.save(contents, file := io.BytesIO())
+    survive("ckpt.pt", world / "ckpt.pt", file.getvalue(), use_checkpoint, world)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @rubbish
 @given(st.data())
-def test_descriptions(world, tmp_path_factory, data):
-    good = read_json(world / "data/descriptions.json") | {"skeletons": {"kite": [[0, 1], [1, 2]]}}
-    path, chat = tmp_path_factory.getbasetemp() / "descriptions.json", Chat(world / "llm")
-    path.write_bytes(data.draw(spoilt_json(good)))
-
-    def use():
-        for number, category in parse_descriptions(read_json(path, dict), path).items():
-            assert isinstance(number, int)
-            chat.encode_questions(category)
-    survive("descriptions", use)
-
-
-@rubbish
-@given(st.data())
-def test_annotations(world, tmp_path_factory, data):
-    good = read_json(world / "data/annotations/mp100_split1_test.json")
-    good = {**good, "images": good["images"][:3], "annotations": good["annotations"][:3]}
-    path = tmp_path_factory.getbasetemp() / "annotations.json"
-    path.write_bytes(data.draw(spoilt_json(good)))
-    descriptions = world / "data/descriptions.json"
-    categories = parse_descriptions(read_json(descriptions), descriptions)
-
-    def use():
-        instances = read_instances(path, categories)
-        plan_epoch(instances, 0, 0, 4)
-        for instance in instances:
-            crop_of(instance).cut(world / "data/images/kite/1.jpg", 14)
-        keep_readable(instances, world / "data/images", categories, allow_missing=True)
-    survive("annotations", use)
-
-
-@rubbish
-@given(st.data())
-def test_predictions(world, tmp_path_factory, data):
-    descriptions = world / "data/descriptions.json"
-    categories = parse_descriptions(read_json(descriptions), descriptions)
-    instances = read_instances(world / "data/annotations/mp100_split1_test.json", categories)
-    good = [{"annotation_id": o.annotation_id, "keypoints": [[1.5, 2], *[None] * (len(o.keypoints) - 1)]}
-            for o in instances]
-    path = tmp_path_factory.getbasetemp() / "predictions.json"
-    path.write_bytes(data.draw(spoilt_json(good)))
-
-    def use():
-        known, points, _ = read_predictions(path, instances, True)
-        for instance, of_object in zip(known, points, strict=True):
-            assert find_hits(instance, of_object).shape == (5, len(instance.keypoints))
-    survive("predictions", use)
+def test_damaged_checkpoints(world, data):
+    path = world / "ckpt.pt"
+    survive("damaged ckpt.pt", path, data.draw(damaged(path.read_bytes())), read_checkpoint, path)
 
 
 GOOD_PHOTOS = []
@@ -278,47 +264,5 @@ for kind in "JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM", "TGA", "
 
 @rubbish
 @given(st.sampled_from(GOOD_PHOTOS).flatmap(damaged), st.sampled_from([4, 30, 500]))
-def test_photos(tmp_path_factory, contents, side):
-    path = tmp_path_factory.getbasetemp() / "photo"
-    path.write_bytes(contents)
-    survive("photos", lambda: Crop(20, 15, side).cut(path, 14))
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-@rubbish
-@given(st.data())
-def test_checkpoints(world, tmp_path_factory, data):
-    good = torch.load(world / "ckpt.pt", weights_only=True)
-    tensors = st.sampled_from([torch.tensor(math.nan), torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64),
-                               torch.zeros(1).expand(10**12), torch.eye(2).to_sparse()])
-    part = data.draw(st.sampled_from([*good]))
-    contents = good | {part: data.draw(spoilt(good[part]))}
-    if data.draw(st.booleans()):
-        container, key = data.draw(st.sampled_from([*find_places(contents)]))
-        container[key] = data.draw(tensors)
-    path = tmp_path_factory.getbasetemp() / "ckpt.pt"
-    torch.save(contents, path)
-
-    def use():
-        _, _, checkpoint = load_trained(path, torch.device("cpu"))
-        parse_descriptions(checkpoint["descriptions"], path)
-    survive("checkpoints", use)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@rubbish
-@given(st.data())
-def test_damaged_checkpoints(world, tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "ckpt.pt"
-    path.write_bytes(data.draw(damaged((world / "ckpt.pt").read_bytes())))
-    survive("damaged ckpt.pt", lambda: read_checkpoint(path))
-
-
-@rubbish
-@given(st.binary(max_size=30) | damaged(b'\xef\xbb\xbf{"a": [1, "b", NaN], "c": {"a": 1e9}}'))
-def test_json(tmp_path_factory, contents):
-    path = tmp_path_factory.getbasetemp() / "any.json"
-    path.write_bytes(contents)
-    survive("JSON", lambda: read_json(path))
+def test_damaged_photos(world, contents, side):
+    survive("photos", world / "photo", contents, Crop(20, 15, side).cut, world / "photo", 14)

@@ -5,20 +5,20 @@ README says.
 import json
 import subprocess
 from argparse import Namespace
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
 
 import evaluate
 import toy
 import train
 from chat import Category
 from common import InputError
-from data import Instance, crop_of, inside, normalize, read_instances
+from data import Instance, crop_of, normalize, read_instances
 from decode import locate
 from llama import Llama
 from model import load_network, load_weights, read_checkpoint
@@ -26,7 +26,7 @@ from toyworld import creatures, pretrain, sheets, variants
 from vit import ViT
 
 SHIPPED = ROOT / "assets/toy"
-SUBSETS = {"train": (3, 5), "val": (1, 5), "test": (10, 8)}  # few categories, few photos of each
+SUBSETS = {"train": (3, 5), "val": (1, 5), "test": (10, 5)}  # few categories, few photos of each
 SHORT = ["--epochs", "1", "--batch", "8", "--micro-batch", "8", "--workers", "0"]
 
 
@@ -65,14 +65,11 @@ def found(trained, folder, categories, unseen):
     return ask(trained, folder, unseen, [categories[o.category_id].keypoints for o in unseen])
 
 
-def cut(folder, instances):
-    return torch.stack([crop_of(o).cut(folder / "data/images" / o.photo, sheets.SIZE) for o in instances])
-
-
 def ask(trained, folder, instances, texts):
     model, chat = trained
     questions = [chat.encode_questions(Category("creature", keypoints)) for keypoints in texts]
-    return locate(model, normalize(cut(folder, instances)), questions, chat, decode="median")
+    crops = [crop_of(o).cut(folder / "data/images" / o.photo, sheets.SIZE) for o in instances]
+    return locate(model, normalize(torch.stack(crops)), questions, chat, decode="median")
 
 
 def pck(instances, found):
@@ -82,17 +79,13 @@ def pck(instances, found):
     return evaluate.pck_of_queries(instances, points).mean(0)[[0, 3]]
 
 
-def parts(plan):
-    return plan["limbs"] + plan["marks"]
-
-
 # ------------------------------------------------------------------------------------------------ the worlds
 
 
 def test_the_same_seed_draws_the_same_world(folder, tmp_path):
     creatures.draw_toy(tmp_path, seed=1234, subsets=SUBSETS)
     files = [file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 3 * 5 + 5 + 10 * 8 + 3 + 1 + 1  # photos, annotations, descriptions, the mark
+    assert len(files) == 3 * 5 + 5 + 10 * 5 + 3 + 1 + 1  # photos, annotations, descriptions, the mark
     for file in files:
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
 
@@ -107,7 +100,7 @@ def test_data_that_is_no_toys_is_not_replaced(tmp_path):
 def test_only_test_categories_have_the_pairs_kept_for_them():
     for subset in "train", "val", "test":
         plans = [creatures.plan_category(np.random.default_rng((7, i)), subset) for i in range(40)]
-        kept = [sum(pair in creatures.UNSEEN for pair in parts(plan)) for plan in plans]
+        kept = [sum(pair in creatures.UNSEEN for pair in plan["limbs"] + plan["marks"]) for plan in plans]
         assert min(kept) >= 2 if subset == "test" else max(kept) == 0
 
 
@@ -123,15 +116,6 @@ def test_names_are_ambiguous_and_descriptions_are_not(categories):
         names, descriptions = zip(*category.keypoints)
         assert len(set(descriptions)) == len(descriptions)
         assert not any(colour in name for name in names for colour in creatures.COLOURS)
-
-
-def test_an_example_is_a_creature_of_a_test_category(tmp_path):
-    path, instance, texts = creatures.draw_example(3, tmp_path / "creature.png")
-    said = " ".join(description for _, description in texts)
-    assert sum(kind in said and colour in said for kind, colour in creatures.UNSEEN) >= 1
-    assert len(texts) == len(instance.keypoints)
-    assert inside(crop_of(instance).from_photo(instance.keypoints)).all()
-    assert crop_of(instance).cut(path, 112).float().std() > 10  # not an empty picture
 
 
 # --------------------------------------------------------------------------------------- the trained network
@@ -150,22 +134,6 @@ def test_asked_with_the_next_keypoints_text_it_finds_that_one(trained, folder, c
     assert pck(unseen, [of_photo[-1:] + of_photo[:-1] for of_photo in shifted])[1] > 0.85
 
 
-@torch.no_grad()
-def test_the_trained_toy_keeps_to_the_format(trained, folder, categories, unseen):
-    """One pass for the photos and one for each of six digits; forcing the format changes nothing."""
-    model, chat = trained
-    images = normalize(cut(folder, unseen[:8]))
-    questions = [chat.encode_questions(categories[o.category_id]) for o in unseen[:8]]
-    passes = []
-    hook = model.llama.norm.register_forward_hook(lambda *_: passes.append(1))
-    free = locate(model, images, questions, chat)
-    hook.remove()
-    assert len(passes) == 7
-    forced = locate(model, images, questions, chat, constrained=True)
-    assert [[p.answer for p in of_photo] for of_photo in free] == [
-        [p.answer for p in of_photo] for of_photo in forced]
-
-
 def test_confidence_is_the_share_of_points_that_are_right(unseen, found):
     """Right is what the confidence is about: within a tenth of the crop's side along x and along y."""
     confidence = np.array([p.confidence for of_photo in found for p in of_photo])
@@ -175,8 +143,7 @@ def test_confidence_is_the_share_of_points_that_are_right(unseen, found):
         there = np.array([p.point for p in of_photo])
         right += (abs(there - crop.from_photo(instance.keypoints)) <= 0.1).all(axis=1).tolist()
     right = np.array(right)
-    assert len(right) > 400
-    assert abs(confidence.mean() - right.mean()) < 0.1
+    assert len(right) > 250 and abs(confidence.mean() - right.mean()) < 0.1
     sure = confidence > np.median(confidence)
     assert right[sure].mean() > right[~sure].mean()
 
@@ -230,17 +197,10 @@ def test_the_toy_leaves_its_files_and_prints_its_table(tmp_path, monkeypatch, ca
     assert lines[-1] == f"the picture: {tmp_path}/predictions.png"
 
 
-class OneAtATime:
+@contextmanager
+def one_at_a_time(n):
     """In place of a ThreadPool: train.py takes signals, which only the main thread may."""
-
-    def __init__(self, n):
-        self.starmap = lambda function, rows, chunksize: [function(*row) for row in rows]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+    yield Namespace(starmap=lambda function, rows, chunksize: [function(*row) for row in rows])
 
 
 @pytest.fixture
@@ -253,7 +213,7 @@ def calls(monkeypatch):
         programs[program](called[-1][1])
 
     monkeypatch.setattr(variants, "call", call)
-    monkeypatch.setattr(variants, "ThreadPool", OneAtATime)
+    monkeypatch.setattr(variants, "ThreadPool", one_at_a_time)
     return called
 
 
@@ -275,53 +235,33 @@ def report(folder, key):
     return f"{100 * json.loads((folder / 'report.json').read_text())[key]:.1f}"
 
 
-def test_variants_are_trained_evaluated_and_kept(out, calls):
-    token, dynamic = ("token", "--answer token", 1), ("dynamic", "--rounds dynamic", 1)
-    rows = compare(out, token, dynamic)
-    programs = [program for program, _ in calls]
-    assert programs == ["train.py", "evaluate.py", "train.py"] + 4 * ["evaluate.py"]
-    assert [row[:2] for row in rows] == [
-        ["token", "`--answer token`"], ["dynamic", "`--rounds dynamic`"],
-        ["dynamic", "`--rounds dynamic`, evaluated with `--cumulative`"]]
-    greedy, median = ([report(out / "token-0/greedy", key) for key in ("PCK@0.05", "PCK@0.2")], ["", ""])
-    assert rows[0][2:] == greedy + median
-    for row, ways in zip(rows[1:], (("greedy", "median"), ("cumulative-greedy", "cumulative-median"))):
-        assert row[2:] == [report(out / "dynamic-0" / way, key) for way in ways
-                           for key in ("PCK@0.05", "PCK@0.2")]
-    for way in variants.evaluations("--rounds dynamic"):
-        facts = json.loads((out / "dynamic-0" / way / "report.json").read_text())
-        assert facts.get("cumulative", False) == way.startswith("cumulative")
-    assert compare(out, token, dynamic) == rows
-    assert len(calls) == 7  # nothing was done again
-
-
-def test_a_variant_that_was_stopped_goes_on(out, calls, monkeypatch):
-    work = variants.call
+def test_variants_are_trained_evaluated_and_go_on_where_they_were_stopped(out, calls, monkeypatch):
+    compared = ("dynamic", "--rounds dynamic", 1), ("pretrain-step", "--pretrain step", 1)
+    work, keys = variants.call, ("PCK@0.05", "PCK@0.2")
 
     def stop(folder, program, *args):
-        if "median" in args:
+        if "--pretrain" in args:
             raise subprocess.CalledProcessError(130, program)
         work(folder, program, *args)
-
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="pretrain-step-0: failed"):
         patch.setattr(variants, "call", stop)
-        with pytest.raises(InputError, match="name-0: failed"):
-            compare(out, ("name", "--instruction name", 1))
-    assert not (out / "name-0/median").exists()
+        compare(out, *compared)
+    assert [program for program, _ in calls] == ["train.py", *4 * ["evaluate.py"]]
     calls.clear()
-    [row] = compare(out, ("name", "--instruction name", 1))
-    (first, again), (second, evaluated) = calls
-    assert first == "train.py" and again[-2:] == ["--out", f"{out}/name-0"]  # which finds it finished
-    assert second == "evaluate.py" and "median" in evaluated
-    assert all(row)
-
-
-def test_a_pretrained_variant_starts_from_its_pretraining(out, calls):
-    compare(out, ("pretrain-step", "--pretrain step", 1))
-    (_, before), (_, after), *_ = calls
-    assert before[before.index("--pretrain") + 1] == "step"
-    assert "--pretrain" not in after
+    rows = compare(out, *compared)
+    assert [program for program, _ in calls] == ["train.py", "train.py", *2 * ["evaluate.py"]]
+    before, after = calls[0][1], calls[1][1]
+    assert before[before.index("--pretrain") + 1] == "step" and "--pretrain" not in after
     assert after[after.index("--init-projection") + 1] == f"{out}/pretrain-step-0/pretraining/ckpt.pt"
+    assert [row[:2] for row in rows[:2]] == [
+        ["dynamic", "`--rounds dynamic`"],
+        ["dynamic", "`--rounds dynamic`, evaluated with `--cumulative`"]]
+    assert rows[0][2:] != rows[1][2:]
+    for row, ways in zip(rows, (("greedy", "median"), ("cumulative-greedy", "cumulative-median"))):
+        assert row[2:] == [report(out / "dynamic-0" / way, key) for way in ways for key in keys]
+        for way in ways:
+            facts = json.loads((out / "dynamic-0" / way / "report.json").read_text())
+            assert facts.get("cumulative", False) == way.startswith("cumulative")
 
 
 def test_a_cell_is_the_mean_of_the_seeds_and_its_spread(tmp_path):
@@ -334,27 +274,14 @@ def test_a_cell_is_the_mean_of_the_seeds_and_its_spread(tmp_path):
     assert variants.cell(tmp_path, "name", 3, "median", "PCK@0.2") == ""
 
 
-def test_programs_are_called_with_one_thread_and_leave_a_log(tmp_path, monkeypatch):
-    (tmp_path / "program.py").write_text("import os, sys\n"
-                                         "print(os.environ['OMP_NUM_THREADS'], *sys.argv[1:])\n"
-                                         "sys.exit(len(sys.argv) - 2)")
-    monkeypatch.setattr(variants, "ROOT", tmp_path)
-    variants.call(tmp_path, "program.py", 7)
-    with pytest.raises(subprocess.CalledProcessError):
-        variants.call(tmp_path, "program.py", 7, 8)
-    assert (tmp_path / "log.txt").read_text() == "1 7\n1 7 8\n"
-
-
 def test_pretraining_leaves_backbones_that_load(tmp_path, monkeypatch):
-    """Four steps of it: seeing, then seeing and talking; the same files as those shipped, other weights."""
-    for name, value in dict(SHEETS=16, BATCH=8, STEPS=4, LOOK=2).items():
+    """Two steps of it: seeing, then seeing and talking; the same files as those shipped, other weights."""
+    for name, value in dict(SHEETS=8, BATCH=4, STEPS=2, LOOK=1).items():
         monkeypatch.setattr(pretrain, name, value)
     pretrain.make_backbones(tmp_path)
     for file in "vit/config.json", "llm/config.json", "llm/tokenizer.json":
         assert (tmp_path / file).read_text() == (SHIPPED / file).read_text()
     for network, part in (ViT, "vit"), (Llama, "llm"):
-        files = [load_file(folder / part / "model.safetensors") for folder in (tmp_path, SHIPPED)]
-        assert files[0].keys() == files[1].keys()
         made, shipped = (dict(network.load(folder / part).named_parameters())
                          for folder in (tmp_path, SHIPPED))
         assert {name: p.shape for name, p in made.items()} == {name: p.shape for name, p in shipped.items()}
