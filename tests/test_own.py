@@ -395,6 +395,17 @@ def test_every_point_is_on_its_spot(tmp_path, capsys, write, orientation):
             assert np.abs(np.subtract(photo.getpixel((round(x), round(y))), COLOURS[name])).max() < 30
 
 
+def test_a_photo_upside_down_is_as_the_others_of_its_file(tmp_path, capsys):
+    """The size of one turned by a quarter says that points are upright, and so of one turned by half."""
+    contents = read_json(write_coco(tmp_path, 6))
+    make_photo(tmp_path / "b.jpg", 3)
+    contents["images"].append(contents["images"][0] | {"id": 2, "file_name": "b.jpg"})
+    contents["annotations"].append(contents["annotations"][0] | {"image_id": 2})
+    write_json(tmp_path / "labels.json", contents)
+    said = convert(capsys, tmp_path / "labels.json", "--out", tmp_path / "data")
+    assert said[0] == "photos copied upright, as their points are: 2, e.g. a.jpg"
+
+
 ONE = """scorer,me,me,me,me
 bodyparts,snout,snout,tail,tail
 coords,x,y,x,y

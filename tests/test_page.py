@@ -182,10 +182,10 @@ DRIVER = """<script>(async () => {
   await drop(["no photo"], "mine.jpg");
   await drop([new Uint8Array(25_000_001)], "mine.jpg");
   await drop([await (await fetch("/creature.jpg")).blob()], "creature.jpg");
-  mouse("pointerdown", 195, 164);  // from corner to corner, backwards
+  mouse("pointerdown", 70, 164);  // from the lower left corner to the upper right
   mouse("pointermove", 120, 100);
-  mouse("pointermove", 70, 52);
-  mouse("pointerup", 70, 52);
+  mouse("pointermove", 195, 52);
+  mouse("pointerup", 195, 52);
   $("words").value = "nose";
   $("find").click();
   await wait(() => !$("error").hidden);
