@@ -1,11 +1,10 @@
-"""What came of it: the table, the curve of pre-training, and the best and worst answers about test photos.
+"""What came of it: the curve of pre-training, and the best and worst answers about test photos.
 
     python -m realworld.figures runs/realworld/seed0 runs/realworld/seed0/tuned --data data/realworld
 
 The first folder is pretrain.py's, the second that of train.py and evaluate.py. Into the second go
-results.json (PCK of each test category, beside what baselines.py found), pretraining.png, and best.png and
-worst.png, which show photographs that may not be passed on: a ring is where a keypoint is, the dot at the end
-of its line where the model says it is.
+pretraining.png, and best.png and worst.png, which show photographs that may not be passed on: a ring is where
+a keypoint is, the dot at the end of its line where the model says it is.
 """
 
 import argparse
@@ -19,20 +18,10 @@ from common import run
 from data import annotation_file, crop_of, read_instances
 from evaluate import pck_of_queries
 from realworld.data import read_categories
-from tools.score import COLUMNS, read_predictions
+from tools.score import read_predictions
 
 SIDE = 240  # pixels of a photo in the pictures
 INK, PALE, BLUE, RED = (40, 40, 48), (228, 228, 234), (46, 92, 184), (206, 52, 52)
-
-
-def write_results(tuned, baselines):
-    """PCK@0.05 ... 0.25 and mPCK of each category, in percent, as "this model" and the baselines have it."""
-    reports = {"this model": json.loads((tuned / "report.json").read_text()), **baselines}
-    table = {}
-    for method, report in reports.items():
-        for name, row in [*report["per category"].items(), ("all objects", report)]:
-            table.setdefault(name, {})[method] = [round(100 * row[column], 1) for column in COLUMNS]
-    (tuned / "results.json").write_text(json.dumps({"columns": COLUMNS, "rows": table}, indent=1))
 
 
 def draw_curve(log, path):
@@ -96,8 +85,6 @@ def main(argv):
     parser.add_argument("tuned", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     args = parser.parse_args(argv)
-    baselines = args.pretrained.parent / "baselines.json"
-    write_results(args.tuned, json.loads(baselines.read_text()) if baselines.exists() else {})
     draw_curve(args.pretrained / "log.jsonl", args.tuned / "pretraining.png")
     draw_best_and_worst(args.tuned, args.data)
 

@@ -20,6 +20,8 @@ from PIL import Image
 
 from common import read_json
 from data import parse_descriptions
+from decode import load_trained
+from toyworld import figures
 from toyworld.creatures import draw_toy
 
 ROOMS = "paper", "tools", "toyworld", "realworld"
@@ -28,7 +30,9 @@ NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 # What a test shortens: the loops over splits train one split, whose results stand for the others.
 SHORTER = [("for s in 2 3 4 5; do", "for s in 2; do"),
            ("for s in 1 2 3 4 5; do python eval", "for s in 1 2; do python eval"),
-           ("train.py --split", "train.py --epochs 1 --split")]
+           ("train.py --split", "train.py --epochs 1 --split"),
+           ("train.py --data data/no", "train.py --epochs 1 --data data/no"),
+           ("--texts-as sideless typo shuffled names swapped --box-scale 0.8 1.2", "--texts-as names")]
 SHELL = r"""say() { printf '%s\037' "$@"; printf '\036'; }
 python() { say "$@"; }
 torchrun() { while [[ "$1" != *.py ]]; do shift; done; say "$@"; }
@@ -43,7 +47,8 @@ def commands_of(text):
         found += [(line, None) for line in lines[:-1]] + [(lines[-1], output or None)]
     install = "pip install -r requirements.txt && "
     found = [(command.removeprefix(install), output) for command, output in found]
-    elsewhere = "pip ", "python toy.py", "python -m tools.bench"  # run by .ci/run and by test_bench.py
+    # run by .ci/run, test_bench.py and test_realworld.py
+    elsewhere = "pip ", "python toy.py", "python -m tools.bench", "hf ", "python predict.py assets/real"
     return [(command, output) for command, output in found if not command.startswith(elsewhere)]
 
 
@@ -102,7 +107,7 @@ def run_command(command, folder, monkeypatch, capsys):
 
 def test_the_papers_result_is_reproduced_by_the_commands(folder, monkeypatch, capsys):
     commands = commands_of(TEXTS["REPRODUCE.md"])
-    assert len(commands) == 10
+    assert len(commands) == 14
     for command, output in commands:
         said = run_command(command, folder, monkeypatch, capsys)
         if output:
@@ -173,3 +178,14 @@ def test_readmes_figures_are_there():
     for text in TEXTS.values():
         for figure in re.findall(r"\]\((assets/[^)]+)\)", text):
             assert (ROOT / figure).exists()
+
+
+def test_the_figures_are_drawn_by_the_code_that_they_explain():
+    toy = ROOT / "assets/toy"
+    model, chat, _ = load_trained(toy / "ckpt.pt", "cpu", toy / "llm", toy / "vit")
+    for name, drawn in [("words", figures.draw_words(model, chat)), ("sequence", figures.draw_sequence(chat)),
+                        ("distribution", figures.draw_distribution(model, chat)),
+                        ("crop", figures.draw_crop()), ("attention", figures.draw_attention(model, chat))]:
+        shown = Image.open(ROOT / f"assets/figures/{name}.png").convert("RGB")
+        difference = np.abs(np.subtract(shown, drawn, dtype=float)).mean()  # colours are rounded
+        assert shown.size == drawn.size and difference < 3, (name, difference)

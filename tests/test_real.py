@@ -4,11 +4,13 @@ CAPELLM_REAL names a folder with their llm/ and vit/, as .ci/run makes it; witho
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from programs import command_line, read_results
 
 import evaluate
@@ -90,3 +92,15 @@ def test_trains_evaluates_and_predicts_on_photographs(real, data, shared, tmp_pa
         tmp_path / "ckpt.pt", photo, "--keypoints", "nose: the tip of the snout, below both eyes",
         "--out", tmp_path / "found"))
     assert "nose" in capsys.readouterr().out and (tmp_path / "found/ca110.png").exists()
+
+
+def test_the_model_of_photographs_finds_points_of_a_face_by_words(real):
+    """As README asks it; the places were marked by hand."""
+    locator = predict.Locator(ROOT / "assets/real/ckpt.pt", "median", vit=real / "vit")
+    found = locator(ROOT / "assets/real/astronaut.jpg", {
+        "nose": "the tip of the nose, above the mouth",
+        "left eye": "the middle of the eye on the person's own left side",
+        "right mouth corner": "the corner of the mouth on the person's own right side, below the nose"},
+        box=(172, 72, 102, 92))
+    for name, place in ("nose", (224, 125)), ("left eye", (248, 101)), ("right mouth corner", (205, 143)):
+        assert math.dist((found[name].x, found[name].y), place) < 10, name

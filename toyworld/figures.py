@@ -1,29 +1,27 @@
 """README's figures, made by the code they explain: `python -m toyworld.figures` writes assets/figures/.
 
-All show the trained toy (assets/toy) and creatures of categories that no training has seen.
+They show the trained toy (assets/toy) and creatures of categories that no training has seen, but for the
+portrait: that is assets/real, which needs weights/dinov2-small. page.png is a screenshot.
 """
 
-import base64
-import io
-import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from chat import IGNORE, Category, Chat, Scene
+from chat import IGNORE, Category, Scene
 from data import Crop, crop_of, normalize
-from decode import locate
+from decode import load_trained, locate
 from llama import rotate
-from lora import load_trainable_state
-from model import CapeLLM
+from predict import Locator
 from tools.draw import make_palette, place_column, wrap
 from toyworld.creatures import draw_example
 
 ROOT = Path(__file__).parent.parent
 TOY, FIGURES = ROOT / "assets/toy", ROOT / "assets/figures"
+PORTRAIT = ROOT / "assets/real/astronaut.jpg"  # Eileen Collins, by NASA, which is in the public domain
+FACE, BOX = Crop(223, 118, 170), (172, 72, 102, 92)
 SIZE = 112  # pixels of a crop: 8 x 8 patches
 PHOTO, CROP = TOY / "creature.jpg", Crop(132.5, 108, 125)
 INK, PALE, RED, PAPER = (40, 40, 48), (228, 228, 234), (206, 52, 52), (255, 255, 255)
@@ -45,8 +43,8 @@ def dot(pen, point, radius, fill, outline=INK):
 
 def ask(model, chat, crop, keypoints, photo=PHOTO):
     """-> Predictions of the keypoints, (name, description) pairs, by the median of the distributions."""
-    image = normalize(crop.cut(photo, SIZE)[None])
-    return locate(model, image, [chat.questions(Category("creature", keypoints))], chat, decode="median")[0]
+    image, questions = normalize(crop.cut(photo, SIZE)[None]), chat.encode_questions(Category("", keypoints))
+    return locate(model, image, [questions], chat, decode="median")[0]
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -56,23 +54,42 @@ def draw_descriptions(model, chat, side=520, column=560):
     """Two creatures, and beside each point what was asked for it."""
     photo = FIGURES / "creature.png"
     sheet = Image.new("RGB", (2 * (side + column), side), PAPER)
-    pen = ImageDraw.Draw(sheet)
     for n, seed in enumerate((3, 8)):
         _, instance, texts = draw_example(seed, photo)
         crop, left = crop_of(instance), n * (side + column)
         sheet.paste(show(crop, side, photo), (left, 0))
         points = [side * np.array(p.point) + (left, 0) for p in ask(model, chat, crop, texts, photo)]
-        ends = place_column(points, left + side + 14, side / len(texts), side)
-        colours = make_palette([name for name, _ in texts])
-        for point, (x, y), colour, (_, text) in zip(points, ends, colours, texts):
-            pen.line((*point, x, y), INK, 2)
-            dot(pen, point, 9, colour)
-            dot(pen, (x + 8, y), 9, colour)
-            lines = wrap(text, 25, column - 60)
-            for i, line in enumerate(lines):
-                pen.text((left + side + 40, y + 29 * (i - (len(lines) - 1) / 2)), line, INK, font(25), "lm")
+        write_beside(sheet, points, dict(texts), side, column, left)
     photo.unlink()
     return sheet
+
+
+def draw_portrait(vit="weights/dinov2-small", side=520, column=620):
+    """A photograph, and beside each point what was asked for it."""
+    texts = {"right eye": "the middle of the eye on the person's own right side",
+             "left eye": "the middle of the eye on the person's own left side",
+             "nose": "the tip of the nose, above the mouth",
+             "right mouth corner": "the corner of the mouth on the person's own right side, below the nose",
+             "left mouth corner": "the corner of the mouth on the person's own left side, below the nose"}
+    found = Locator(PORTRAIT.parent / "ckpt.pt", "median", vit=vit)(PORTRAIT, texts, BOX)
+    points = [side * FACE.from_photo(np.array((p.x, p.y))) for p in found.values()]
+    sheet = Image.new("RGB", (side + column, side), PAPER)
+    sheet.paste(show(FACE, side, PORTRAIT))
+    write_beside(sheet, points, texts, side, column)
+    return sheet
+
+
+def write_beside(sheet, points, texts, side, column, left=0):
+    """Points of a picture at `left`, `side` wide, joined to texts, {name: text}, in a column on its right."""
+    pen = ImageDraw.Draw(sheet)
+    ends = place_column(points, left + side + 14, side / len(texts), side)
+    for point, (x, y), colour, text in zip(points, ends, make_palette([*texts]), texts.values()):
+        pen.line((*point, x, y), INK, 2)
+        dot(pen, point, 9, colour)
+        dot(pen, (x + 8, y), 9, colour)
+        lines = wrap(text, 25, column - 60)
+        for i, line in enumerate(lines):
+            pen.text((left + side + 40, y + 29 * (i - (len(lines) - 1) / 2)), line, INK, font(25), "lm")
 
 
 def draw_words(model, chat, side=360):
@@ -119,9 +136,9 @@ def draw_sequence(chat, width=1640):
     """A conversation as the LLM gets it: BOS, the patches, words. What is learned is red."""
     knob = ("antenna ball", "the knob on the antenna that is purple")
     scene = Scene(Category("creature", [knob]), [(knob, (0.83, 0.402))])
-    tokens, labels, _ = chat.conversation(scene)
+    tokens, labels = chat.encode_conversation(scene)
     names = [chat.tokenizer.decode([token]).replace("\n", "\\n").replace(" ", "\u00b7") for token in tokens]
-    chips = [("BOS", IGNORE), *[(patch, None) for patch in range(64)], ("\\n", IGNORE), *zip(names, labels)]
+    chips = [("BOS", IGNORE), *[(patch, None) for patch in range(64)], *zip(names[1:], labels[1:])]
     crop, places, x, y, size = show(CROP, 8 * 40), [], 0, 0, 40
     for what, _ in chips:
         w = size if isinstance(what, int) else font(21).getlength(what) + 18
@@ -165,7 +182,7 @@ def draw_distribution(model, chat, side=480, margin=110):
 def draw_attention(model, chat, side=300):
     """How much the position that chooses the first digit of x attends to each patch, in each layer."""
     text = "the sharp end of the green horn"
-    [question] = chat.questions(Category("creature", [("first mark", text)]))
+    [question] = chat.encode_questions(Category("creature", [("first mark", text)]))
     maps = []
 
     def look(attention, args):
@@ -177,7 +194,7 @@ def draw_attention(model, chat, side=300):
         maps.append(scores.softmax(-1)[0, :, 0, 1:65].mean(0).reshape(8, 8))  # of 64 patches, over heads
 
     hooks = [layer.self_attn.register_forward_pre_hook(look) for layer in model.llama.layers]
-    tokens = torch.tensor([[chat.bos, *chat.newline, *question, *chat.coordinates.known[0]]])
+    tokens = torch.tensor([[chat.bos, *question, *chat.coordinates.known[0]]])
     words, image = model.llama.embed_tokens(tokens), model.see(normalize(CROP.cut(PHOTO, SIZE)[None]))
     model.llama(torch.cat((words[:, :1], image, words[:, 1:]), dim=1))
     for hook in hooks:
@@ -195,32 +212,13 @@ def draw_attention(model, chat, side=300):
     return sheet
 
 
-def draw_page():
-    """The page that predict.py --serve opens, with the heat of one point, as Chromium shows it."""
-    from predict import Locator
-    from tests.browser import open_browser
-    from tools.page import Server
-    with (tempfile.TemporaryDirectory() as profile, Server(Locator(TOY / "ckpt.pt", "median"), 0) as server,
-          open_browser(profile) as page):
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        page.send("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/")
-        page.wait("document.readyState === 'complete' && !$('example').hidden")
-        page.evaluate("$('example').click()")
-        page.wait("found !== null")
-        page.evaluate("pin(0)")
-        shot = page.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        server.shutdown()
-    return Image.open(io.BytesIO(base64.b64decode(shot))).convert("RGB")
-
-
 def main():
-    chat, model = Chat(TOY / "llm"), CapeLLM.load(TOY / "vit", TOY / "llm", image_size=SIZE).eval()
-    load_trainable_state(model, torch.load(TOY / "ckpt.pt", weights_only=True)["model"])
+    model, chat, _ = load_trained(TOY / "ckpt.pt", "cpu", TOY / "llm", TOY / "vit")
     FIGURES.mkdir(exist_ok=True)
     for name, figure in (("descriptions", draw_descriptions(model, chat)), ("words", draw_words(model, chat)),
                          ("crop", draw_crop()), ("sequence", draw_sequence(chat)),
                          ("distribution", draw_distribution(model, chat)),
-                         ("attention", draw_attention(model, chat)), ("page", draw_page())):
+                         ("attention", draw_attention(model, chat)), ("portrait", draw_portrait())):
         figure.quantize(256).save(FIGURES / f"{name}.png", optimize=True)  # a third of the bytes
         print(f"assets/figures/{name}.png")
 
