@@ -20,7 +20,7 @@ from common import InputError, read_json
 from data import parse_descriptions, read_instances
 from predict import Found
 from tools import own
-from tools.photos import Job
+from tools.photos import Job, name_photos
 from tools.results import FORMATS, Result, draw_found, print_points, write_table
 
 TOY = ROOT / "assets/toy/ckpt.pt"
@@ -112,6 +112,20 @@ def test_labels_come_back_from_the_files_of_other_tools(tmp_path, form, file):
     assert (one.visible.tolist(), other.visible.tolist()) == ([True, True], [True, False])
     if form != "deeplabcut":  # which knows no boxes
         assert (one.box, other.box) == ((5, 5, 39, 39), (50, 10, 29.5, 34))
+
+
+def test_deeplabcut_has_one_row_less_for_one_object(tmp_path):
+    photos = [make_result(tmp_path / f"walk/{n}.png", {"tip": found(n, 10), "tail": found(None, None)})
+              for n in (1, 2)]
+    FORMATS["deeplabcut"](tmp_path, photos, 0.5)
+    assert (tmp_path / "CollectedData_CapeLLM.csv").read_text().split() == [
+        "scorer,,,CapeLLM,CapeLLM,CapeLLM,CapeLLM", "bodyparts,,,tip,tip,tail,tail", "coords,,,x,y,x,y",
+        "labeled-data,walk,1.png,1,10,,", "labeled-data,walk,2.png,2,10,,"]
+
+
+def test_photos_of_one_name_have_names_of_their_own():
+    assert name_photos([Path("cats/a/1.png"), Path("cats/b/c/1.png")]) == ["a/1.png", "b/c/1.png"]
+    assert name_photos([Path("cats/a/1.png")]) == ["1.png"]
 
 
 def test_a_coco_file_says_what_is_unsure(tmp_path):
