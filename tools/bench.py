@@ -59,8 +59,10 @@ def random_network(size, device, dtype):
     adapt(llama, "lora", ("q_proj", "v_proj"))
     model = CapeLLM(vit, llama).to(device).eval()
     for name, p in model.named_parameters():
-        if p.ndim > 1 and "lora_A" not in name:  # wide enough that not all questions get the same answer
-            nn.init.normal_(p, std=0.02 if p.ndim > 2 or "lora" in name else p.shape[-1] ** -0.5)
+        if p.ndim > 1 and "lora_A" not in name:
+            std = 0.02 if p.ndim > 2 or "lora" in name else p.shape[-1] ** -0.5
+            # attention is sharp, or nearly all questions would get the same answer
+            nn.init.normal_(p, std=8 * std if "q_proj.base" in name else std)
     return model
 
 
