@@ -5,6 +5,6 @@
     features.py, lessons.py           what DINOv2 sees of the photos, and questions about it
     pretrain.py                       makes the small Llama from nothing
     baselines.py                      what knows no words: mean places, and patches that look alike
-    figures.py                        table, curve, and the best and the worst answers
-    make.py                           all of it by one command
+    figures.py                        curve, and the best and the worst answers
+    make.py                           all of it by one command, and the table
 """
