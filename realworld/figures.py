@@ -41,7 +41,8 @@ def draw_curve(log, path):
         x = left + width * (steps - steps[0]) / max(1, steps[-1] - steps[0])
         y = top + height * (1 - np.array([line[key] for line in lines]) / most)
         pen.line([*zip(x.tolist(), y.tolist())], colour, 3)
-        pen.text((x[len(x) // 2], y[len(x) // 2] - 12), text, colour, anchor="mb")
+        i = len(x) // 4 if key == "talk" else 3 * len(x) // 4
+        pen.text((x[i], y[i] - 12), text, colour, anchor="mb")
     pen.text((left, top + height + 10), f"step {steps[0]}", INK)
     pen.text((left + width, top + height + 10), f"step {steps[-1]}, {lines[-1]['seconds'] / 60:.0f} minutes",
              INK, anchor="ra")
