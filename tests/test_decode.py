@@ -39,7 +39,7 @@ def fallen_back(monkeypatch):
     return numbers
 
 QUESTIONS = {
-    "of any length": [3, 0, 4],  # so many about each photo
+    "of any length": [2, 0, 2],  # so many about each photo
     "no common beginning": [[[5, 6, 7], [8, 6, 7]], [[9]]],
     "equal": [[[5, 6, 7]] * 3, [[5, 6, 7]]],
     "equal, of one token": [[[5], [5]], [[5]]],
@@ -56,7 +56,7 @@ def test_locate_says_what_the_textbooks_decoder_says(shared, case, n):
     model, images, questions = untrained(shared, QUESTIONS[case] if is_random else [0, 0])
     questions, chat = questions if is_random else QUESTIONS[case], MadeUpChat(n)
     expected = generate_all(model, images, questions, chat)
-    for learned in [None, *expected[:2]]:  # one row keeps to the end to what is learned from it
+    for learned in [None, *expected[:1]]:  # one row keeps to the end to what is learned from it
         if learned:
             chat.learn(learned)
         found = locate(model, images, questions, chat)
@@ -80,7 +80,7 @@ def check_what_is_known(predictions, chat):
 @torch.no_grad()
 def test_without_a_format_an_answer_ends_with_the_end_token(shared):
     """Beside others that go on. The end token is one that some answer has. There is nothing to constrain."""
-    model, images, questions = untrained(shared, [2, 4])
+    model, images, questions = untrained(shared, [1, 3])
     chat = MadeUpChat(3)
     first = generate_all(model, images, questions, chat)[0]
     chat.coordinates = replace(chat.coordinates, known=[], ending=[first[4]])
