@@ -5,7 +5,7 @@
                                 Assistant:
                                 -------- question --------- | ----- answer ---- |
 
-Here is the paper's own instruction; those that it compares it with are in paper/instructions.py.
+Here is the paper's own instruction; paper/instructions.py has those that it is compared with.
 `python chat.py` prints a conversation.
 """
 
@@ -125,7 +125,7 @@ class Chat:
         return AnswerFormat([], [], [self.eos], max_tokens=max(map(len, answers)))
 
     def encode_answer(self, answer):
-        """A point or a word -> its tokens, EOS included, and their labels, here the same."""
+        """A point or a word -> its tokens, EOS included, and their labels: the same but in Table 8."""
         text = f" {answer}" if isinstance(answer, str) else write_point(answer)
         tokens = self.encode(text) + [self.eos]
         return tokens, tokens
@@ -137,16 +137,16 @@ class Chat:
         """
         tokens = [self.bos, *self.newline]
         labels = [IGNORE] * len(tokens)
-        for question, answer in self.instruction(scene):
-            question, (answer, learned) = self.encode(question), self.encode_answer(answer)
-            tokens += question + answer
+        for text, answer in self.instruction(scene):
+            question, (said, learned) = self.encode(text), self.encode_answer(answer)
+            tokens += question + said
             labels += [IGNORE] * len(question) + learned
         return tokens, labels
 
     def encode_questions(self, category):
         """A test's question about each keypoint of a category, after "\\n": a list of token lists.
 
-        Each has a conversation of its own, of which it is the last question: see paper/instructions.py.
+        Each is asked alone. Where an instruction asks more than one thing (Table 7), it is the last.
         """
         scenes = [Scene(category, [(keypoint, None)]) for keypoint in category.keypoints]
         return [self.newline + self.encode(self.instruction(scene)[-1][0]) for scene in scenes]

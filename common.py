@@ -139,7 +139,7 @@ def start_processes():
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of attention, 30 ms each
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of attention
     if "RANK" not in os.environ:
         return Process(0, 1, torch.device(device))
     if not dist.is_initialized():

@@ -30,7 +30,7 @@ class Instance:
     annotation_id: int
     category_id: int
     photo: str  # file name below images/
-    box: tuple  # x, y, width, height, clipped to the photo
+    box: tuple  # x, y, width, height: see clip_box()
     keypoints: np.ndarray  # (K, 2)
     visible: np.ndarray  # (K,) bool, whether it is labelled; something may be in front of it
 
@@ -53,8 +53,8 @@ def annotation_file(data, split, subset):
 def read_instances(path, categories):
     """An annotation file -> its Instances, photo by photo. categories: what parse_descriptions() gave.
 
-    As in the published code, crowds, annotations without keypoints and those of which nothing is in the photo
-    are left out. InputError if an annotation does not fit the descriptions, or nothing is left.
+    As in the published code, crowds, annotations without keypoints and those whose area or clipped box is
+    empty are left out. InputError if an annotation does not fit the descriptions, or nothing is left.
     """
     raw = read_json(path, dict)
     with reading(path, "is it an annotation file of MP-100, or of tools/own.py?"):
@@ -79,7 +79,7 @@ def read_instances(path, categories):
 
 
 def clip_box(box, width, height):
-    """The part of a box in a photo, counted in pixels as in the published code; w or h <= 0 if none is."""
+    """Clips as the published code: w and h lose 1 pixel, and what starts before 0 is shifted in, not cut."""
     x, y, w, h = box
     x1, y1 = max(0, x), max(0, y)
     x2 = min(width - 1, x1 + max(0, w - 1))
@@ -120,7 +120,7 @@ class Crop:
         """The same from an RGB image that is `shrink` times smaller than the photo."""
         if (block := int(self.side / shrink / (2 * size))) > 1:
             photo, shrink = photo.reduce(block), shrink * block  # averaged over blocks of pixels
-        n = max(size, round(self.side / shrink))  # cut at full resolution, then reduce with antialiasing
+        n = max(size, round(self.side / shrink))  # cut at the resolution that is left, then reduce
         origin = self.to_photo((0.0, 0.0)) / shrink
         step = self.rotation * (self.side / shrink / n)  # in the photo, for each pixel of the square
         affine = (*step[0], origin[0], *step[1], origin[1])
@@ -143,7 +143,7 @@ def open_reduced(path, side, size):
 
 
 def to_rgb(photo):
-    """A photo of any kind -> RGB, what is transparent on white, as viewers show it."""
+    """A photo -> RGB, what is transparent on white, as viewers show it. ValueError for floats or 32 bits."""
     low, high = photo.getextrema() if photo.mode in "FI" else (0, 0)
     if photo.mode == "F" or low < 0 or high >= 2**16:
         raise ValueError("floats or 32 bits a pixel have no known brightness; save it with 8 or 16")
@@ -186,7 +186,7 @@ class Example:
 
 
 def group_keypoints(n, rounds, rng):
-    """Shuffles keypoints 0 ... n-1 and cuts them into groups of `rounds` (section 3.3).
+    """Shuffles keypoints 0 ... n-1 and cuts them into groups of `rounds`, one a conversation (section 3.3).
 
     A short last group is filled with others drawn at random. Five keypoints in fours may give
 
@@ -200,7 +200,7 @@ def group_keypoints(n, rounds, rng):
     return [*full, last]
 
 
-def plan_epoch(instances, seed, epoch, rounds, pack=False, group=group_keypoints):
+def plan_epoch(instances, seed, epoch, rounds, pack=False, make_groups=group_keypoints):
     """All Examples of an epoch in the order of training.
 
     Each is one group of keypoints, or with `pack` all groups of an instance. It has a crop of its own: the
@@ -212,7 +212,7 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False, group=group_keypoints
     examples = []
     for i, instance in enumerate(instances, 1):
         rng = np.random.default_rng((seed, epoch, i))
-        groups = group(len(instance.keypoints), rounds, rng)
+        groups = make_groups(len(instance.keypoints), rounds, rng)
         parts = [groups] if pack else [[indices] for indices in groups]  # the conversations of each example
         for j, part in enumerate(parts, 1):
             scale = min(max(rng.normal(1, 0.3), 0.7), 1.3)

@@ -43,7 +43,7 @@ class Prediction:
     """Where a keypoint is, as far as the model can tell."""
 
     point: tuple | None  # (x, y) in fractions of the crop; None if the answer holds no coordinates
-    confidence: float | None = None  # the share of the distributions near the point; None if unknown
+    confidence: float | None = None  # x's share near the point times y's; None if unknown
     answer: list = ()  # the tokens that the model said
     x_distribution: np.ndarray | None = None  # over 0.000 ... 0.999: (1000,); None if unknown
     y_distribution: np.ndarray | None = None
@@ -149,7 +149,7 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False):
 
 
 def ask_photos(model, photos, questions, chat, decode="greedy", constrained=False):
-    """As locate(), of photos that were read, a Cache with one row for each. It stays as it is."""
+    """As locate(). photos: a Cache with one row each, left unchanged; questions: what is still to be read."""
     asked = [(p, question) for p, of_photo in enumerate(questions) for question in of_photo]
     found = {}
     for group in group_by_length([len(question) for _, question in asked]):
@@ -193,8 +193,8 @@ def make_prediction(answer, distributions, chat, decode="greedy"):
     """An answer and its choices' distributions -> Prediction.
 
     decode: "greedy", the paper's way, takes the digits that were chosen; "median" and "mean" are those of
-    each coordinate's distribution. It matters most where digits are chosen one by one: a model that wavers
-    between 0.199 and 0.201 may choose 0.1 and then, among the digits that follow, anything.
+    each coordinate's distribution. They differ most where digits are chosen one by one: a model that wavers
+    between 0.199 and 0.201 and says 0.1 has seldom been there, and what it says next may be anything.
     """
     point = chat.parse(answer)
     if distributions is None:
@@ -232,7 +232,7 @@ def mass_near(value, distribution, reach=0.1):
 
 
 def read_trained(path):
-    """read_checkpoint() -> a checkpoint that can be asked for points. InputError says where there is one."""
+    """read_checkpoint() of a model that locates. Where there is no such file, names those in runs/."""
     others = sorted(map(str, Path("runs").glob("*/ckpt.pt")))
     if others and not Path(path).exists():
         raise InputError(f"{path}: no such file; there is {', '.join(others)}")

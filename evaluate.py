@@ -36,7 +36,7 @@ def find_hits(instance, points):
 
 
 def share(hits, counted):
-    """hits (5, K) -> the share hit of those keypoints that count, a bool (K,): (5,), 0 if none counts."""
+    """hits (5, K), counted bool (K,) -> what share of the counted keypoints is hit (5,), 0 if none counts."""
     return hits[:, counted].sum(1) / max(1, counted.sum())
 
 

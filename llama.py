@@ -42,7 +42,7 @@ class LlamaConfig:
 def rope_frequencies(config, device=None):
     """How far RoPE turns each pair of dimensions from one position to the next: (d/2,), radians, fp32.
 
-    Llama 3.1 was trained on 8,192 positions, then stretched to 131,072: pairs that turn fewer than
+    Llama 3.1 was trained on 8,192 positions, then stretched: pairs that turn fewer than
     low_freq_factor times within 8,192 are slowed down by `factor`, those that turn more than high_freq_factor
     times stay as they are, those between are blended.
     """
@@ -59,7 +59,7 @@ def rotate(x, cos, sin):
     """Turns queries or keys by their positions' angles: a pair (a, b) to (a cos - b sin, b cos + a sin).
 
     x (B, heads, T, d); cos, sin (B or 1, 1, T, d). Which dimensions form a pair is a convention of the
-    weights. The hub's files, and this code, pair i with i + d/2, Meta's own files pair neighbours:
+    weights. The hub's files and this code pair i with i + d/2; Meta's own files pair neighbours:
 
         hub   a0 a1 a2 a3 | b0 b1 b2 b3      (a0, b0) is one pair, (a1, b1) the next
         Meta  a0 b0 a1 b1   a2 b2 a3 b3
@@ -69,7 +69,7 @@ def rotate(x, cos, sin):
 
 
 def attention_as_written(q, k, v, mask):
-    """softmax(q k / sqrt d) v: each query takes a mean of the values, weighted by how well it fits the keys.
+    """softmax(q k / sqrt d) v, to read and to test attend(): a mean of values, weighted by how q fits k.
 
     q (B, H, T, d); k, v (B, G, S, d); mask (..., T, S), True where a query may look -> (B, H, T, d). H/G
     query heads share a head of keys and values: for H = 4 and G = 2, [K1, K2] are used as [K1, K1, K2, K2].

@@ -120,7 +120,7 @@ def load_network(args, device="cpu", dtype=None):
     """
     torch.manual_seed(args.seed)  # adapters and projection start the same in all processes
     dtype = DTYPES[dtype or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
-    from paper import choose_parts  # where a table of the paper compares with others than its own
+    from paper import choose_parts  # other parts, which the paper's tables compare with these
     Encoder, Network, chat = choose_parts(args, ViT, CapeLLM, Chat)
     with reading(args.vit):
         vit_dtype = torch.float32 if args.tune_vit == "full" else dtype

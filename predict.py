@@ -68,7 +68,7 @@ class Locator:
         self.sets = read_sets(trained["descriptions"], checkpoint, descriptions)
 
     def __call__(self, photo, keypoints, box=None):
-        """-> {name: Found}. For a list of photos, a list of these: they are asked about in one pass.
+        """-> {name: Found}. For a list of photos, a list of these: they are asked about together.
 
         photo: a path, a PIL image, the bytes of a file, an open file, or RGB pixels of uint8, an array or a
         tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height, or None for
@@ -235,7 +235,7 @@ def parse_arguments(argv):
         "keypoints.csv: keypoints.json, plain or as a whole COCO file, or labels for these two programs")
     add("--threshold", type=float, default=0.5, help="points of less confidence are hollow in pictures, and "
         "have visibility 1 in COCO files")
-    add("--batch", type=positive, default=8, help="photos or frames that are asked about in one pass")
+    add("--batch", type=positive, default=8, help="photos or frames that are asked about together")
     add("--decode", choices=DECODINGS, default="greedy", help="what to take of a coordinate's distribution")
     add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")

@@ -97,12 +97,12 @@ def make_optimizer(model, args, device):
     return torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
 
 
-def learning_rate(step, steps, args):
+def learning_rate(step, total, args):
     """Linear warm-up, 0 for the first step, then a cosine down to 0: as Hugging Face's trainer."""
-    warmup = math.ceil(args.warmup * steps)
+    warmup = math.ceil(args.warmup * total)
     if step < warmup:
         return args.lr * step / warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def micro_batches(n, steps, args, rank, world):
@@ -132,12 +132,12 @@ def seed_dropout(seed, number):
 
 def load_batches(instances, categories, chat, args, steps, process):
     """Yields this process's micro-batches of `steps`, a range of the run's, with the epoch of each."""
-    group = data.group_keypoints
+    make_groups = data.group_keypoints
     if args.rounds == "dynamic":
-        from paper.iccv import group_dynamically as group
+        from paper.iccv import group_dynamically as make_groups
     epoch_steps = steps.stop // args.epochs
     for epoch in range(steps.start // epoch_steps, args.epochs):
-        examples = data.plan_epoch(instances, args.seed, epoch, args.rounds, args.pack, group)
+        examples = data.plan_epoch(instances, args.seed, epoch, args.rounds, args.pack, make_groups)
         if not examples:
             raise InputError(f"{args.data}: no visible keypoint to train on")
         of_epoch = range(max(0, steps.start - epoch * epoch_steps), epoch_steps)
@@ -149,10 +149,10 @@ def load_batches(instances, categories, chat, args, steps, process):
 
 
 def add_gradients(model, learner, batches, step, args, process):
-    """Adds up this process's share of a step's gradients -> the epoch, the mean loss, how many tokens."""
+    """Adds up this process's gradients of a step (learner: model, or its DDP) -> epoch, loss, tokens."""
     rank, world, device = process
     loss, n_tokens = torch.zeros((), device=device), 0
-    accumulation = args.batch // (args.micro_batch * world)
+    accumulation = args.batch // (args.micro_batch * world)  # no remainder: see check_briefly()
     for i in range(accumulation):
         epoch, (images, tokens, labels, photo_of) = next(batches)
         images, tokens, photo_of = (
@@ -253,7 +253,7 @@ def main(argv):
     instances = data.read_instances(data.annotation_file(args.data, args.split, "train"), categories)
     instances = keep_readable(instances, Path(args.data, "images"), categories, args.allow_missing)
     checkpoint = find_run(args, texts)
-    rounds = 4 if args.rounds == "dynamic" else args.rounds
+    rounds = 4 if args.rounds == "dynamic" else args.rounds  # dynamic groups are counted as fours
     n_examples = sum(1 if args.pack else math.ceil(len(o.keypoints) / rounds) for o in instances)
     steps = range(checkpoint["step"] if checkpoint else 0, args.epochs * math.ceil(n_examples / args.batch))
     if not steps:
@@ -270,12 +270,12 @@ def main(argv):
     del checkpoint  # of a full fine-tuning it is several GB
     validation = Validation(args, chat, categories, process) if args.validate else None
     batches = load_batches(instances, categories, chat, args, steps, process)
-    done, number = fit(args, process, model, optimizer, batches, steps, texts, validation, best)
-    if number:
+    done, signum = fit(args, process, model, optimizer, batches, steps, texts, validation, best)
+    if signum:
         say(f"stopped after step {done} of {steps.stop}; the same command resumes")
         if process.world > 1:
             dist.barrier()  # until the first process has saved: torchrun ends all where one has ended
-        sys.exit(128 + number)
+        sys.exit(128 + signum)
     say(f"done: {args.out}/ckpt.pt")
 
 

@@ -76,7 +76,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.attn = Attention(c)
-        self.ls1 = nn.ParameterDict({"gamma": torch.ones(c.hidden_size)})  # a learned factor for each channel
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(c.hidden_size)})  # LayerScale, for each channel
         self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.mlp = SwiGLU(c) if c.use_swiglu_ffn else MLP(c)
         self.ls2 = nn.ParameterDict({"gamma": torch.ones(c.hidden_size)})
@@ -119,7 +119,7 @@ class ViT(nn.Module):
 
         Bicubic, as in the original release: with registers to n x n with antialiasing, without them by a
         factor of (n + 0.1) / 37. The 0.1 once guarded against a rounding error; leaving it out, as
-        Transformers does, changes image tokens (0.27 on average) by up to 0.02.
+        Transformers does, changes patch tokens (0.27 on average) by up to 0.02.
         """
         old, new = math.isqrt(self.n_patches), image_size // self.config.patch_size
         if old == new:
@@ -145,7 +145,7 @@ class ViT(nn.Module):
         state = {}
         with safe_open(Path(directory, "model.safetensors"), framework="pt", device=str(device)) as file:
             for key in file.keys():
-                if names := rename(key):  # none for the mask token, three for a fused qkv
+                if names := rename(key):
                     state |= dict(zip(names, file.get_tensor(key).to(dtype).chunk(len(names))))
         model.load_state_dict(state, strict=True, assign=True)
         model.resize_positions(image_size)
