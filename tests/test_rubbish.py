@@ -4,7 +4,7 @@ Hypothesis spoils good files: it puts other values into them, drops, doubles and
 bytes. What a reader accepts is then used, since a reader that lets rubbish pass has only moved the traceback.
 The suite tries 15 files a reader. For more, and for a table of how many were accepted:
 
-    RUBBISH=2000 python -m pytest -s tests/test_rubbish.py
+    RUBBISH=2000 python -m pytest -n 0 -s tests/test_rubbish.py
 """
 
 import copy
