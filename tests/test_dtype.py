@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from checkpoints import save_random
 from mp100 import make_wagons_and_kites
 from programs import command_line, read_checkpoint, read_results, to_train, train_briefly
+from test_hiera import TINY
 
 import decode
 import evaluate
@@ -41,11 +43,17 @@ def test_training_in_bf16_leaves_fp32_and_does_not_bind_the_evaluation(tiny, tmp
 
 
 @pytest.mark.parametrize("flags", [
-    "--pack --checkpoint-activations", "--tune-vit full --tune-llm full", "--answer token"])
+    "--pack --checkpoint-activations", "--tune-vit full --tune-llm full", "--answer token",
+    "--image-size 64"])
 def test_variants_train_in_bf16_as_in_fp32_and_are_evaluated(tiny, tmp_path, loaded, flags):
-    losses, data = {}, make_wagons_and_kites(tmp_path / "data")
+    """The last is with a Hiera."""
+    losses, more = {}, flags.split()
+    if "64" in flags:
+        save_random(tmp_path / "hiera", kind="HieraModel", **TINY)
+        more += ["--vit", tmp_path / "hiera"]
+    data = make_wagons_and_kites(tmp_path / "data")
     for dtype in "fp32", "bf16":
-        train.main(to_train(tiny, data, tmp_path / dtype, "--lr", 1e-3, "--dtype", dtype, *flags.split()))
+        train.main(to_train(tiny, data, tmp_path / dtype, "--lr", 1e-3, "--dtype", dtype, *more))
         log = (tmp_path / dtype / "log.jsonl").read_text().splitlines()
         losses[dtype] = [json.loads(line)["loss"] for line in log]
     assert loaded == ([set(), set()] if "full" in flags else [{torch.float32}, {torch.bfloat16}])
