@@ -53,7 +53,8 @@ def ship(seed, to):
     """Copies the Llama, and the checkpoint without the optimizer's state; it names the published ViT."""
     shutil.copytree(seed / "llm", to / "llm", dirs_exist_ok=True)
     checkpoint = torch.load(seed / "tuned/ckpt.pt", weights_only=True)
-    checkpoint["args"] |= {"llm": "assets/real/llm", "vit": "weights/dinov2-small", "data": "data/realworld"}
+    checkpoint["args"] |= {"llm": "assets/real/llm", "vit": "weights/dinov2-small", "data": "data/realworld",
+                           "out": "runs/realworld/tuned", "init_projection": None}  # of no use elsewhere
     torch.save(checkpoint | {"optimizer": {}}, to / "ckpt.pt")
 
 
