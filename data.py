@@ -70,7 +70,8 @@ def read_instances(path, categories):
                 category = categories.get(a["category_id"], Category(a["category_id"], []))
                 if len(points) != len(category.keypoints) or not np.isfinite(points).all():
                     raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints (numbers?). "
-                                     f"Category {category.name} has {len(category.keypoints)} descriptions")
+                                     f"Category {category.name} has {len(category.keypoints)} descriptions; "
+                                     "they are in the file of --descriptions")
                 instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
                                           points[:, 2] > 0))
         if not instances:

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 import data
 from common import InputError, Parser, loader_options, natural, positive, read_json, run, say, start_processes
-from lora import trainable_state
 from model import DTYPES, load_network, load_weights
 
 # -------------------------------------------------------------------------------------------------- settings
@@ -212,9 +211,8 @@ def fit(args, process, model, optimizer, batches, steps, texts, validation=None,
                 best, is_best = max(best, line["PCK@0.2"]), line["PCK@0.2"] > best
             if rank == 0:
                 is_due = done % args.save_every == 0 or is_last or is_stopped
-                record(args.out, line, ["best.pt"] * is_best + ["ckpt.pt"] * bool(is_due), args=vars(args),
-                       descriptions=texts, model=trainable_state(model), optimizer=optimizer.state_dict(),
-                       step=done, best=best)
+                names = ["best.pt"] * is_best + ["ckpt.pt"] * bool(is_due)
+                record(args, line, names, model, optimizer, descriptions=texts, best=best)
             if is_stopped and not is_last:
                 return done, caught[0] if caught else signal.SIGTERM
     return steps.stop, 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import InputError, is_first, say
+from common import InputError, is_first, make_folder, say
 from data import annotation_file, read_instances
 from decode import choose_locate
 from evaluate import THRESHOLDS, Photos, ask, pck_of_queries
@@ -70,7 +70,7 @@ def find_run(args, descriptions):
 
 def begin(folder):
     """Makes the folder of a run that starts, and deletes what another run has left there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name in "best.pt", "ckpt.pt", "log.jsonl":
         Path(folder, name).unlink(missing_ok=True)
 
@@ -87,14 +87,15 @@ def start_from(model, path, projection_alone):
     say(f"{path}: {len(taken)} of {len(own)} trained tensors start from there")
 
 
-def record(folder, line, names, **contents):
-    """Adds a line to log.jsonl, and writes checkpoints of these names."""
-    with open(Path(folder, "log.jsonl"), "a") as log:
+def record(args, line, names, model, optimizer, **more):
+    """Adds a step's line to log.jsonl, and writes checkpoints of these names, which hold `more` as well."""
+    with open(Path(args.out, "log.jsonl"), "a") as log:
         log.write(json.dumps(line) + "\n")
     for name in names:
-        save(Path(folder, name), **contents)
+        save(Path(args.out, name), args=vars(args), model=trainable_state(model),
+             optimizer=optimizer.state_dict(), step=line["step"], **more)
     if names:
-        draw_curve(folder)
+        draw_curve(args.out)
 
 
 def save(path, **contents):
