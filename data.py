@@ -229,11 +229,11 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False, make_groups=group_key
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """Examples -> a crop, uint8 (3, size, size), and conversations, each a list of tokens and of labels."""
+    """Examples and the photos' folder -> a crop, uint8 (3, size, size), and conversations: tokens, labels."""
 
-    def __init__(self, examples, categories, chat, images, size):
+    def __init__(self, examples, categories, chat, folder, size):
         self.examples, self.categories, self.chat = examples, categories, chat
-        self.images, self.size = images, size
+        self.folder, self.size = folder, size
 
     def __len__(self):
         return len(self.examples)
@@ -246,7 +246,7 @@ class TrainingSet(torch.utils.data.Dataset):
         invisible = [name for (name, _), is_shown in zip(category.keypoints, shown) if not is_shown]
         scenes = [Scene(category, [(category.keypoints[k], tuple(points[k])) for k in group], invisible, rng)
                   for group in example.groups]
-        return (crop.cut(Path(self.images, instance.photo), self.size),
+        return (crop.cut(Path(self.folder, instance.photo), self.size),
                 [self.chat.encode_conversation(scene) for scene in scenes])
 
 

@@ -24,7 +24,6 @@ import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -261,17 +260,6 @@ def find(path):
     """A path below the current folder or, for programs that are started elsewhere, beside this file."""
     beside = Path(__file__).parent / path
     return beside if beside.exists() and not Path(path).exists() else path
-
-
-def choose_locate(args, cumulative=False):
-    """What asks a model that was trained with these arguments: decode.locate(), or one of paper/ like it."""
-    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
-        from paper.iccv import locate_in_turns
-        return partial(locate_in_turns, cumulative=cumulative)
-    if args.answer == "token":  # Table 8
-        from paper.keypoint_token import locate as locate_token
-        return locate_token
-    return locate
 
 
 def check_decoding(chat, decode, constrained=False):

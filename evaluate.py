@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import Parser, is_first, loader_options, natural, positive, run, say, start_processes
 from data import annotation_file, crop_of, normalize, read_instances
-from decode import DECODINGS, check_decoding, choose_locate, load_trained, read_trained
+from decode import DECODINGS, check_decoding, load_trained, locate, read_trained
 from model import DTYPES
 
 # ---------------------------------------------------------------------------------------------------- metric
@@ -65,16 +65,16 @@ def pck_of_pairs(instances, predicted, category_ids):
 
 
 class Photos(torch.utils.data.Dataset):
-    """Instances -> an index and a crop, uint8 (3, size, size). images: the folder of the photos."""
+    """Instances -> an index and a crop, uint8 (3, size, size). folder: of the photos."""
 
-    def __init__(self, instances, images, size):
-        self.instances, self.images, self.size = instances, images, size
+    def __init__(self, instances, folder, size):
+        self.instances, self.folder, self.size = instances, folder, size
 
     def __len__(self):
         return len(self.instances)
 
     def __getitem__(self, i):
-        return i, crop_of(self.instances[i]).cut(Path(self.images, self.instances[i].photo), self.size)
+        return i, crop_of(self.instances[i]).cut(Path(self.folder, self.instances[i].photo), self.size)
 
 
 def make_batches(instances, most):
@@ -92,14 +92,14 @@ def make_batches(instances, most):
     return batches
 
 
-def ask(model, chat, photos, categories, process, locate, batch, workers, encode=None):
+def ask(model, chat, photos, categories, process, locate, batch, workers):
     """Asks for all keypoints of Photos, shared out between the processes, at most `batch` at a time.
 
-    locate: see choose_locate(). encode: what makes questions of (chat, category) if chat does not.
-    -> for each photo its points in pixels, None for no answer; likewise confidences. Every process has all.
+    locate: decode.locate() or one like it. -> for each photo its points in pixels, None for no answer;
+    likewise confidences. Every process has all.
     """
-    instances, found, encode = photos.instances, {}, encode or type(chat).encode_questions
-    questions = {c: encode(chat, categories[c]) for c in {o.category_id for o in instances}}
+    instances, found = photos.instances, {}
+    questions = {c: chat.encode_questions(categories[c]) for c in {o.category_id for o in instances}}
     batches = make_batches(instances, batch)[process.rank::process.world]
     loader = DataLoader(photos, batch_sampler=batches, collate_fn=list, **loader_options(workers),
                         generator=torch.Generator())  # of its own: that of a training is left alone
@@ -157,7 +157,7 @@ def main(argv):
     checkpoint = read_trained(args.checkpoint) if args.checkpoint else None
     trained = checkpoint["args"] if checkpoint else {"data": "data/mp100", "split": 1}
     data, split = args.data or trained["data"], args.split or trained["split"]
-    annotations, images = annotation_file(data, split, args.subset), Path(data, "images")
+    annotations, folder = annotation_file(data, split, args.subset), Path(data, "images")
     categories = choose_texts(args, checkpoint)
     instances = read_instances(annotations, categories)
     if shortfall := describe_shortfall(annotations):
@@ -168,27 +168,29 @@ def main(argv):
         instances, points, others = read_predictions(args.score, instances, args.allow_missing)
         facts |= others
     else:
-        kept, out = keep_readable(instances, images, categories, args.allow_missing), choose_folder(args)
+        kept, out = keep_readable(instances, folder, categories, args.allow_missing), choose_folder(args)
         facts["without photo"] = len(instances) - len(kept)
         instances = kept
-        points, confidences = ask_checkpoint(args, checkpoint, instances, categories, images)
+        points, confidences = ask_checkpoint(args, checkpoint, instances, categories, folder)
         facts["malformed"] = sum(point is None for of_photo in points for point in of_photo)
     if is_first():
         report = make_report(instances, points, categories, annotations, args.protocol, **facts)
-        write_results(args.report, out, report, instances, points, confidences, categories, images)
+        write_results(args.report, out, report, instances, points, confidences, categories, folder)
 
 
-def ask_checkpoint(args, checkpoint, instances, categories, images):
+def ask_checkpoint(args, checkpoint, instances, categories, folder):
     """ask() of a checkpoint's network."""
+    from paper import choose_locate
     process = start_processes()
     model, chat, _ = load_trained(args.checkpoint, process.device, args.llm, args.vit, args.dtype, checkpoint)
     check_decoding(chat, args.decode, args.constrained)
-    trained, encode = Namespace(**checkpoint["args"]), None
+    trained = Namespace(**checkpoint["args"])
     if args.cumulative:
-        from paper.iccv import encode_in_turns as encode
-    photos, locate = Photos(instances, images, trained.image_size), choose_locate(trained, args.cumulative)
-    locate = partial(locate, decode=args.decode, constrained=args.constrained)
-    return ask(model, chat, photos, categories, process, locate, args.batch, args.workers, encode)
+        from paper.iccv import encode_in_turns
+        chat.encode_questions = partial(encode_in_turns, chat)
+    way = choose_locate(trained, locate, args.cumulative)
+    return ask(model, chat, Photos(instances, folder, trained.image_size), categories, process,
+               partial(way, decode=args.decode, constrained=args.constrained), args.batch, args.workers)
 
 
 if __name__ == "__main__":

@@ -12,23 +12,18 @@
 A keypoint is a name and a description. A box is x, y, width and height in pixels of the upright photo.
 """
 
-import difflib
-import re
 from argparse import Namespace
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from chat import Category
-from common import InputError, Parser, positive, read_json, reading, run, start_processes
-from data import Crop, normalize, parse_descriptions
-from decode import DECODINGS, check_decoding, choose_locate, load_trained, read_trained
+from common import InputError, Parser, positive, run, start_processes
+from data import Crop, normalize
+from decode import DECODINGS, check_decoding, load_trained, locate, read_trained
 from model import DTYPES
-
-DESCRIPTIONS = Path(__file__).parent / "descriptions.json"
 
 
 @dataclass(frozen=True)
@@ -64,19 +59,23 @@ class Locator:
         self.model, self.chat, trained = load_trained(checkpoint, start_processes().device, llm, vit, dtype)
         args = Namespace(**trained["args"])
         check_decoding(self.chat, decode)
-        self.locate, self.decode, self.size = choose_locate(args), decode, args.image_size
+        from paper import choose_locate
+        from tools.keypoints import read_sets
+        self.locate, self.decode, self.size = choose_locate(args, locate), decode, args.image_size
         self.sets = read_sets(trained["descriptions"], checkpoint, descriptions)
 
     def __call__(self, photo, keypoints, box=None):
         """-> {name: Found}. For a list of photos, a list of these: they are asked about together.
 
         photo: a path, a PIL image, the bytes of a file, an open file, or RGB pixels of uint8, an array or a
-        tensor (h, w, 3) or (3, h, w). keypoints: see parse_keypoints(). box: x, y, width, height, or None for
-        the whole photo. A list of photos takes a list of boxes, and may take a list of keypoints.
+        tensor (h, w, 3) or (3, h, w). keypoints: {name: description}, the name of a set, or what else
+        tools/keypoints.py reads. box: x, y, width, height, or None for the whole photo. A list of photos
+        takes a list of boxes, and may take a list of keypoints.
         InputError for an unreadable photo, unknown keypoints or a box outside the photo.
         """
         if not isinstance(photo, (list, tuple)):
             return self([photo], [keypoints], [box])[0]
+        from tools.keypoints import parse_keypoints
         n = len(photo)
         keypoints = keypoints if isinstance(keypoints, list) else [keypoints] * n
         boxes = list(box) if isinstance(box, (list, tuple, np.ndarray)) else [box] * n
@@ -105,99 +104,6 @@ def make_found(p, crop):
     x, y = crop.to_photo(p.point).tolist() if p.point else (None, None)
     square = crop.x - crop.side / 2, crop.y - crop.side / 2, crop.side
     return Found(x, y, p.confidence, p.x_distribution, p.y_distribution, square)
-
-
-# ------------------------------------------------------------------------------------------------- keypoints
-
-
-def read_sets(descriptions, path, more=None):
-    """-> {name: Category}: the keypoint sets and categories of a checkpoint's descriptions, then of a file.
-
-    path: where the descriptions are from. more: the file; descriptions.json beside this program if None.
-    """
-    sets = {}
-    for raw, source in (descriptions, path), (read_json(more or DESCRIPTIONS, dict), more or DESCRIPTIONS):
-        for number, category in parse_descriptions(raw, source).items():
-            for name in raw["categories"][str(number)]["keypoint_set"], category.name:
-                sets.setdefault(name, replace(category, name=name))
-    return sets
-
-
-def split_words(name):
-    """left_eye, "Left eye" and left-eye are the same words."""
-    return re.split(r"[\s_-]+", name.strip().casefold())
-
-
-def find_set(name, sets):
-    """The set of a name -> Category. If there is none, InputError says which others share a word with it."""
-    words = split_words(name)
-    alike = [one for one in sets if one == name] or [one for one in sets if split_words(one) == words]
-    if alike:
-        return sets[alike[0]]
-    shared = [one for one in sets if {*words} <= {*split_words(one)} or {*words} > {*split_words(one)}]
-    close = shared or difflib.get_close_matches(name.casefold(), sets, cutoff=0.7)
-    known = f"did you mean {' or '.join(close[:3])}? Or" if close else "--list shows those there are; or"
-    raise InputError(f'"{name}": no such set of keypoints; {known} describe each: '
-                     '"name: where it is and what is beside it"')
-
-
-def make_category(keypoints):
-    """[(name, description), ...] -> Category. InputError if one is empty or two have one name."""
-    keypoints = list(keypoints)
-    for text in (text for keypoint in keypoints for text in keypoint):
-        if not isinstance(text, str):
-            raise InputError(f'{text!r} is not a text; keypoints are {{"name": "description", ...}}')
-    keypoints = [(name.strip(), description.strip()) for name, description in keypoints]
-    names = [name for name, _ in keypoints]
-    for name, description in keypoints:
-        if not name or not description:
-            raise InputError(f'keypoint "{name}: {description}" lacks a name or a description')
-        if names.count(name) > 1:
-            raise InputError(f'two keypoints are named "{name}"; give each a name of its own')
-    if not keypoints:
-        raise InputError('no keypoint is asked for; write "name: where it is and what is beside it"')
-    return Category("object", keypoints)
-
-
-def parse_keypoint(text):
-    """ "left eye: the eye ..." -> (name, description). The name may hold a colon, if no space follows it."""
-    if ":" not in text:
-        raise InputError(f'keypoint "{text.strip()}" has no description: write "name: where it is"')
-    name, _, description = text.partition(": " if ": " in text else ":")
-    return name, description
-
-
-def parse_keypoints(keypoints, sets):
-    """{name: description}, the name of a set, a file, or "name: description; name: ..." -> Category.
-
-    A file is JSON, {name: description}, or text with a keypoint in each line. In a text, semicolons or line
-    ends are between keypoints or, if there are none, commas after which "name:" follows.
-    """
-    if isinstance(keypoints, Category):
-        return keypoints
-    if isinstance(keypoints, dict):
-        return make_category(keypoints.items())
-    if not isinstance(keypoints, str):
-        raise InputError('keypoints are {"name": "description", ...}, a text, or the name of a set')
-    if keypoints.lower().endswith((".json", ".txt")) and keypoints not in sets:
-        return read_keypoints(Path(keypoints))
-    if ":" not in keypoints or keypoints in sets:
-        return find_set(keypoints, sets)
-    parts = re.split(r"[;\n]", keypoints)
-    if len(parts) == 1:
-        parts = re.split(r",\s*(?=[^,:]+{})".format(r":\s" if ": " in keypoints else ":"), keypoints)
-    return make_category(parse_keypoint(part) for part in parts if part.strip())
-
-
-def read_keypoints(path):
-    try:
-        if path.suffix.lower() == ".json":
-            return make_category(read_json(path, dict).items())
-        with reading(path):
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            return make_category(map(parse_keypoint, filter(str.strip, lines)))
-    except InputError as e:
-        raise InputError(f"{path}: {str(e).removeprefix(f'{path}: ')}") from None
 
 
 # --------------------------------------------------------------------------------------------------- program
@@ -259,6 +165,7 @@ def parse_arguments(argv):
 
 
 def main(argv):
+    from tools.keypoints import find_set, make_category, parse_keypoint, parse_keypoints, read_sets
     args = parse_arguments(argv)
     trained = read_trained(args.checkpoint)["descriptions"]
     sets, category = read_sets(trained, args.checkpoint, args.descriptions), None

@@ -232,9 +232,8 @@ def load(args, device, checkpoint):
     elif args.init or args.init_projection:
         start_from(model, args.init or args.init_projection, projection_alone=not args.init)
     model.llama.checkpoint_activations = args.checkpoint_activations
-    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or is_all)
-                      for is_all in (False, True))
-    say(f"{trained:,} of {total:,} parameters train")
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    say(f"{sum(n for n, trains in sizes if trains):,} of {sum(n for n, _ in sizes):,} parameters train")
     return model, chat, optimizer
 
 

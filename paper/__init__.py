@@ -1,6 +1,7 @@
 """What only the paper's comparisons need: instructions, Hiera, <KEYPOINT>, conversations in turns."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from common import reading
@@ -18,3 +19,13 @@ def choose_parts(args, Encoder, Network, Chat):
         from paper.instructions import find_instruction
         return Encoder, Network, Chat(args.llm, find_instruction(args.instruction, args.pretrain))
     return Encoder, Network, Chat(args.llm)
+
+
+def choose_locate(args, locate, cumulative=False):
+    """The paper's decode.locate(), and train.py's arguments -> what asks the model that they made."""
+    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
+        from paper.iccv import locate_in_turns
+        return partial(locate_in_turns, cumulative=cumulative)
+    if args.answer == "token":  # Table 8
+        from paper.keypoint_token import locate
+    return locate

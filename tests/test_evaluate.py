@@ -224,7 +224,7 @@ def test_each_photo_is_asked_its_categorys_questions_and_has_its_answers(evaluat
     def spy(model, images, questions, chat, **how):
         calls.append((questions, locate(model, images, questions, chat, **how)))
         return calls[-1][1]
-    monkeypatch.setattr(decode, "locate", spy)
+    monkeypatch.setattr(evaluate, "locate", spy)
     _, predictions = evaluated("--constrained", "--batch", 11)  # two wagons, a wagon and two kites, a kite
     wagon, kite = (Chat(tiny / "llm").encode_questions(CATEGORIES[c]) for c in (1, 2))
     assert [questions for questions, _ in calls] == [[wagon, wagon], [wagon, kite, kite], [kite]]
@@ -370,7 +370,7 @@ def test_validation_is_pck_of_the_same_objects_and_leaves_training_as_it_was(
 
     def random_states():
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
-    monkeypatch.setattr(decode, "locate", locate)
+    monkeypatch.setattr(run, "locate", locate)
     chat, process = Chat(args.llm), Process(0, 1, torch.device("cpu"))
     validation, before = run.Validation(args, chat, CATEGORIES, process), random_states()
     measured = validation.measure(model.train())

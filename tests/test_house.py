@@ -15,10 +15,10 @@ ROOMS = ["paper", "tools", "toyworld", "realworld"]
 ARROWS = {  # what files of the text import when they are imported
     "lora": "", "llama": "", "vit": "", "common": "", "chat": "common", "data": "chat common",
     "model": "chat common llama lora vit", "decode": "chat common data llama model"}
-LATE = ["model", "decode", "train", "evaluate", "predict", "toy"]  # import a room where it is wanted
+LATE = ["model", "train", "evaluate", "predict", "toy"]  # import a room where it is wanted
 BUDGET = {  # lines; a tenth more is a failure, so that a budget is changed on purpose
     "common": 200, "lora": 60, "llama": 240, "vit": 190, "chat": 160, "data": 270, "model": 140,
-    "decode": 290, "train": 275, "evaluate": 200, "predict": 280, "toy": 140}
+    "decode": 280, "train": 275, "evaluate": 200, "predict": 195, "toy": 140}
 FILES = sorted(path for folder in (".", "tests", *ROOMS) for path in (ROOT / folder).glob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 

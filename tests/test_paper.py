@@ -14,6 +14,7 @@ from programs import command_line, read_checkpoint, read_results, refused, to_tr
 
 import decode
 import evaluate
+import paper
 import train
 from chat import IGNORE, Category, Scene, ask_with_description
 from common import InputError, read_json
@@ -406,14 +407,14 @@ VARIANTS = [how.split() for how in (
 @pytest.mark.parametrize("how", VARIANTS, ids=" ".join)
 def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(arguments, tmp_path, monkeypatch, how):
     """Training's conversations, on their way into the network, hold the questions that evaluation asks."""
-    trained_on, asked, forward, choose = [], [], CapeLLM.forward, evaluate.choose_locate
+    trained_on, asked, forward, choose = [], [], CapeLLM.forward, paper.choose_locate
     monkeypatch.setattr(CapeLLM, "forward",
                         lambda model, *batch: trained_on.append(batch) or forward(model, *batch))
 
-    def spy_on_asking(trained, cumulative):
-        locate = choose(trained, cumulative)
+    def spy_on_asking(*how):
+        locate = choose(*how)
         return lambda *args, **options: asked.append((locate, *args)) or locate(*args, **options)
-    monkeypatch.setattr(evaluate, "choose_locate", spy_on_asking)
+    monkeypatch.setattr(paper, "choose_locate", spy_on_asking)
     train.main(arguments(*how, "--epochs", 4 if "list" in how else 1))  # each must once be the first question
     conversations = [joined(row) for _, tokens, *_ in trained_on for row in tokens.tolist()]
     labels = [row for _, _, labels, _ in trained_on for row in labels.tolist()]

@@ -19,7 +19,8 @@ import evaluate
 import predict
 from common import InputError, read_json
 from data import Crop
-from predict import Locator, find_set, make_category, parse_keypoints
+from predict import Locator
+from tools.keypoints import find_set, make_category, parse_keypoints
 
 TIP = ["-k", "tip: the upper end"]
 SETS = {"eyes": make_category([("left eye", "the one: on the left, of two")]),

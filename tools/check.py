@@ -62,16 +62,16 @@ def describe_shortfall(annotations):
     return f"{annotations}: holds only {' and '.join(lacks)}" if lacks else ""
 
 
-def keep_readable(instances, images, categories, allow_missing=False):
+def keep_readable(instances, folder, categories, allow_missing=False):
     """-> the instances whose photo is there. The others are refused or, with allow_missing, left out."""
     photos = {instance.photo for instance in instances}
     # what is left out may break off anywhere, and would stop a training later
-    readable = {photo: is_readable(Path(images, photo), to_its_end=allow_missing) for photo in photos}
+    readable = {photo: is_readable(Path(folder, photo), to_its_end=allow_missing) for photo in photos}
     kept = [instance for instance in instances if readable[instance.photo]]
     missing = [instance for instance in instances if not readable[instance.photo]]
     if missing and not (allow_missing and kept):
         counts = Counter(categories[instance.category_id].name for instance in missing)
-        raise InputError(f"{images}: photos of {len(missing)} of {len(instances)} objects are missing or "
+        raise InputError(f"{folder}: photos of {len(missing)} of {len(instances)} objects are missing or "
                          f"unreadable ({', '.join(f'{name} {n}' for name, n in counts.items())}), e.g. "
                          f"{missing[0].photo}; complete the folder or leave them out with --allow-missing")
     return kept
@@ -110,21 +110,21 @@ def check_annotations(args, categories):
 
 def check_photos(args, instances, categories):
     """Decodes all photos -> a line for each problem. Those that are missing are listed in OUT/missing.txt."""
-    images = Path(args.data, "images")
+    folder = Path(args.data, "images")
     photos = sorted({instance.photo for instance in instances})
     with ThreadPool() as pool:
-        decoded = pool.imap(lambda photo: is_readable(images / photo, to_its_end=True), photos, 16)
+        decoded = pool.imap(lambda photo: is_readable(folder / photo, to_its_end=True), photos, 16)
         whole = dict(zip(photos, tqdm(decoded, "photos", len(photos), leave=False, dynamic_ncols=True)))
     missing = [photo for photo in photos if not whole[photo]]
     if not missing:
         print(f"{len(photos):,} photos, all there and whole")
         return []
-    absent = sum(not (images / photo).exists() for photo in missing)
+    absent = sum(not (folder / photo).exists() for photo in missing)
     by_category = Counter(categories[o.category_id].name for o in instances if not whole[o.photo])
     by_folder = Counter(str(Path(photo).parent) for photo in missing)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     Path(args.out, "missing.txt").write_text("".join(f"{photo}\n" for photo in missing))
-    return [f"{images}: of {len(photos):,} photos {absent:,} are missing and {len(missing) - absent:,} are "
+    return [f"{folder}: of {len(photos):,} photos {absent:,} are missing and {len(missing) - absent:,} are "
             f"damaged ({args.out}/missing.txt lists them)",
             f"  objects without photo: {show(by_category)}", f"  photos by folder: {show(by_folder)}"]
 

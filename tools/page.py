@@ -17,7 +17,8 @@ from urllib.parse import parse_qs
 from PIL import Image
 
 from common import InputError
-from predict import make_category, parse_box, parse_keypoint
+from predict import parse_box
+from tools.keypoints import make_category, parse_keypoint
 from tools.photos import open_photo
 from tools.results import round_off
 

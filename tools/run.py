@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from common import InputError, is_first, make_folder, say
 from data import annotation_file, read_instances
-from decode import choose_locate
+from decode import locate
 from evaluate import THRESHOLDS, Photos, ask, pck_of_queries
 from lora import trainable_state
 from model import read_checkpoint
+from paper import choose_locate
 from tools.check import keep_readable
 from tools.curve import draw_curve
 
@@ -135,12 +136,12 @@ class Validation:
 
     def __init__(self, args, chat, categories, process):
         instances = read_instances(annotation_file(args.data, args.split, "val"), categories)
-        images = Path(args.data, "images")
+        folder = Path(args.data, "images")
         instances = random.Random(0).sample(instances, min(100, len(instances)))
-        self.instances = keep_readable(instances, images, categories, args.allow_missing)
-        self.ask = partial(ask, chat=chat, photos=Photos(self.instances, images, args.image_size), batch=16,
+        self.instances = keep_readable(instances, folder, categories, args.allow_missing)
+        self.ask = partial(ask, chat=chat, photos=Photos(self.instances, folder, args.image_size), batch=16,
                            categories=categories, process=process, workers=args.workers,
-                           locate=choose_locate(args))
+                           locate=choose_locate(args, locate))
 
     def measure(self, model):
         """-> PCK@0.2, in every process."""

@@ -123,7 +123,7 @@ def print_report(report):
         print("not one answer holds coordinates: is this checkpoint trained to the end, with these weights?")
 
 
-def write_results(path, out, report, instances, points, confidences, categories, images):
+def write_results(path, out, report, instances, points, confidences, categories, folder):
     """Prints a report and writes it to `path`, by default into the folder `out`, with answers and a picture.
 
     out: None if only a report is wanted, of what another program predicted.
@@ -136,5 +136,5 @@ def write_results(path, out, report, instances, points, confidences, categories,
         write_json(out / "predictions.json", [
             {"annotation_id": o.annotation_id, "keypoints": p, "confidence": [v and round(v, 2) for v in c]}
             for o, p, c in zip(instances, points, confidences)])
-        draw_sheet(out / "predictions.png", instances, points, categories, images, confidences)
+        draw_sheet(out / "predictions.png", instances, points, categories, folder, confidences)
         print(f"wrote {path}, {out}/predictions.json and {out}/predictions.png")
