@@ -37,8 +37,8 @@ class Scene:
 
     category: Category
     asked: list  # of ((name, description), point)
-    invisible: list = ()  # names of the category's keypoints that are not to be seen in the crop
-    rng: np.random.Generator = None  # for the random choices of training; at test time there are none
+    invisible: list = ()  # names of the keypoints that are not to be seen in the crop; for Table 9
+    rng: np.random.Generator = None  # for the random choices of Tables 6 and 9 in training; None in a test
 
 
 def ask_with_description(scene):
@@ -72,7 +72,7 @@ class AnswerFormat:
     known: list  # for each choice, the tokens that stand before it; [] if an answer may be anything
     digits: list  # the tokens that a choice is made from: 000 ... 999, or 0 ... 9
     ending: list  # the tokens after the last choice, the end token last
-    max_tokens: int  # where an answer is cut off; coordinates are complete at the last choice
+    max_tokens: int  # an answer is cut off here: after the last digit, before `ending`, if a format is known
 
 
 class Chat:

@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Help, allow_abbrev=False, **how)
 
     def error(self, message):
-        raise InputError(f"{message}; see --help")
+        raise InputError(f"{message.replace('<lambda> ', '')}; see --help")  # a type without a name
 
 
 def positive(text):

@@ -31,7 +31,7 @@ class Instance:
     category_id: int
     photo: str  # file name below images/
     box: tuple  # x, y, width, height: see clip_box()
-    keypoints: np.ndarray  # (K, 2)
+    keypoints: np.ndarray  # (K, 2) points in pixels of the photo, in the order of Category.keypoints
     visible: np.ndarray  # (K,) bool, whether it is labelled; something may be in front of it
 
 
@@ -75,7 +75,7 @@ def read_instances(path, categories):
                 instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
                                           points[:, 2] > 0))
         if not instances:
-            raise InputError(f"{path}: no object of which something is in its photo")
+            raise InputError(f"{path}: no object to use: all are crowds, empty, unlabelled or off the photo")
     return instances
 
 
@@ -187,7 +187,7 @@ class Example:
 
 
 def group_keypoints(n, rounds, rng):
-    """Shuffles keypoints 0 ... n-1 and cuts them into groups of `rounds`, one a conversation (section 3.3).
+    """Shuffles keypoints 0 ... n-1 and cuts them into groups of `rounds`, one per conversation (section 3.3).
 
     A short last group is filled with others drawn at random. Five keypoints in fours may give
 
@@ -197,7 +197,7 @@ def group_keypoints(n, rounds, rng):
     *full, last = [order[i:i + rounds] for i in range(0, n, rounds)]
     others = order[:n - len(last)]
     n_missing = min(rounds - len(last), len(others))
-    last += rng.choice(others, n_missing, replace=False).tolist() if others else []
+    last += rng.choice(others, n_missing, replace=False).tolist()
     return [*full, last]
 
 
@@ -221,8 +221,7 @@ def plan_epoch(instances, seed, epoch, rounds, pack=False, make_groups=group_key
             crop = crop_of(instance, scale, angle)
             shown = instance.visible & inside(crop.from_photo(instance.keypoints))
             asked = [[k for k in indices if shown[k]] for indices in part]
-            if any(asked):
-                asked = [indices for indices in asked if indices]
+            if asked := [indices for indices in asked if indices]:
                 examples.append(Example(instance, crop, asked, (seed, epoch, i, j)))
     order = np.random.default_rng((seed, epoch)).permutation(len(examples))
     return [examples[i] for i in order]

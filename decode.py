@@ -16,8 +16,8 @@ would say. The hidden states of the same passes tell whether it would, and where
 asked again token by token. So the answers are those of greedy decoding, token by token.
 
 Each choice is made from a distribution over numbers, which says more than its likeliest one: see
-make_prediction(). Letters: P photos, R rows (one question each), T tokens of the longest block, n tokens at
-its end, D width. `python decode.py` runs both ways side by side.
+make_prediction(). Letters: P photos, B rows (one question each), T tokens of the longest block, n tokens at
+its end, D width. `python decode.py` runs this beside decoding without a cache.
 """
 
 import os
@@ -52,18 +52,18 @@ class Prediction:
 
 
 def feed(llama, cache, blocks, n=1):
-    """Each row reads its block, a list of tokens -> hidden states of the last n of them (R, n, D)."""
+    """Each row reads its block, a list of tokens -> hidden states of the last n of them (B, n, D)."""
     lengths, device = torch.tensor([len(block) for block in blocks]), llama.norm.weight.device
     T = max(map(len, blocks))
     tokens = torch.tensor([block + [0] * (T - len(block)) for block in blocks]).to(device)
     is_token = (torch.arange(T) < lengths[:, None]).to(device)
-    hidden = llama(llama.embed_tokens(tokens), cache, is_token)  # (R, T, D)
+    hidden = llama(llama.embed_tokens(tokens), cache, is_token)  # (B, T, D)
     last = (lengths[:, None] + torch.arange(-n, 0)).to(device)
     return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[2]))
 
 
 def answer_greedily(llama, cache, questions, answer_format):
-    """Each row reads its question, takes the likeliest next token, reads it, and so on -> R answers."""
+    """Each row reads its question, takes the likeliest next token, reads it, and so on -> B answers."""
     answers, blocks = [[] for _ in questions], questions
     end, most = answer_format.ending[-1], answer_format.max_tokens
     while True:
@@ -79,7 +79,7 @@ def answer_greedily(llama, cache, questions, answer_format):
 def answer_in_format(llama, cache, questions, answer_format, constrained=False):
     """A pass for each choice, with the tokens known in advance fed along. Every row keeps the format.
 
-    -> R answers; for each, whether greedy decoding agrees, that is, would have said just this; and the
+    -> B answers; for each, whether greedy decoding agrees, that is, would have said just this; and the
     distributions over answer_format.digits that its choices were made from. constrained: all rows count
     as agreeing, and nothing is checked.
     """
@@ -92,20 +92,19 @@ def answer_in_format(llama, cache, questions, answer_format, constrained=False):
         # The last positions of a block predict the known tokens and then the choice:
         #   block       ...  "Assistant"  ":"    " ["   "0"   "."
         #   predicts                      " ["   "0"    "."   the choice
-        hidden = feed(llama, cache, [block + known for block in blocks], len(known) + 1)  # (R, n, D)
-        scores = F.linear(hidden[:, -1], llama.lm_head.weight[ids])  # (R, 1000), or (R, 10) if one by one
+        hidden = feed(llama, cache, [block + known for block in blocks], len(known) + 1)  # (B, n, D)
+        scores = F.linear(hidden[:, -1], llama.lm_head.weight[ids])  # (B, 1000), or (B, 10) if one by one
         choices = ids[scores.argmax(-1)].tolist()
         p = torch.empty_like(scores, dtype=torch.float32)
         p[:, values] = scores.float().softmax(-1)  # from 0 upwards
-        for row, choice in enumerate(choices):
-            answers[row] += [*known, choice]
-        for of_row, p_row in zip(distributions, p.cpu().numpy()):
+        for answer, choice, of_row, p_row in zip(answers, choices, distributions, p.cpu().numpy()):
+            answer += [*known, choice]
             of_row.append(p_row)
         blocks = [[choice] for choice in choices]
         read_from.append(hidden)
     if constrained:
         return answers, [True] * len(answers), distributions
-    likeliest = llama.lm_head(torch.cat(read_from, dim=1)).argmax(-1)  # (R, tokens of an answer)
+    likeliest = llama.lm_head(torch.cat(read_from, dim=1)).argmax(-1)  # (B, tokens of an answer)
     return answers, [said == answer for said, answer in zip(likeliest.tolist(), answers)], distributions
 
 
@@ -120,15 +119,15 @@ def answer_questions(llama, photos, photo_of, questions, answer_format, constrai
         return photos.fork(torch.tensor([photo_of[r] for r in rows], device=photos.is_token.device))
 
     found = [(None, None)] * len(questions)
-    others = range(len(questions))
+    left = range(len(questions))  # still to be asked token by token
     if answer_format.known:
         answers, agrees, distributions = answer_in_format(
-            llama, fork(others), questions, answer_format, constrained)
+            llama, fork(left), questions, answer_format, constrained)
         found = list(zip(answers, distributions))
-        others = [r for r in others if not agrees[r]]
-    if others:
-        answers = answer_greedily(llama, fork(others), [questions[r] for r in others], answer_format)
-        for r, said in zip(others, answers):
+        left = [r for r in left if not agrees[r]]
+    if left:
+        answers = answer_greedily(llama, fork(left), [questions[r] for r in left], answer_format)
+        for r, said in zip(left, answers):
             found[r] = said, None
     return found
 
@@ -140,7 +139,7 @@ def locate(model, images, questions, chat, decode="greedy", constrained=False):
     -> for each photo a list of Predictions, one for each question. decode: see make_prediction().
     constrained: keep all answers to the format, so that none is malformed.
     """
-    # the start that all questions share; at least one token of each stays to be read after it
+    # the start that all questions share (commonprefix() takes any lists); one token of each at least is left
     common = os.path.commonprefix([question[:-1] for of_photo in questions for question in of_photo])
     photos = prefill(model, images, [chat.bos, *common])
     rest = [[question[len(common):] for question in of_photo] for of_photo in questions]
@@ -162,7 +161,7 @@ def ask_photos(model, photos, questions, chat, decode="greedy", constrained=Fals
 
 
 def prefill(model, images, start):
-    """The first pass: BOS, the image tokens, and the rest of `start`, one row a photo -> Cache."""
+    """The first pass: BOS, the image tokens, and the rest of `start`, one row per photo -> Cache."""
     photos = Cache()
     tokens = torch.tensor([start], device=images.device).expand(len(images), -1)
     model.llama(model.embed(images, tokens), photos)
@@ -193,7 +192,7 @@ def make_prediction(answer, distributions, chat, decode="greedy"):
 
     decode: "greedy", the paper's way, takes the digits that were chosen; "median" and "mean" are those of
     each coordinate's distribution. They differ most where digits are chosen one by one: a model that wavers
-    between 0.199 and 0.201 and says 0.1 has seldom been there, and what it says next may be anything.
+    between 0.199 and 0.201 and takes 0.1 was hardly ever shown how to go on, and may say anything.
     """
     point = chat.parse(answer)
     if distributions is None:

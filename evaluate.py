@@ -4,7 +4,7 @@
     python evaluate.py --score predictions.json --split 1   only the metric, without network and photographs
 
 PCK@t is the share of an object's visible keypoints that are predicted closer than t times the longer side of
-its box, averaged over objects. mPCK is the mean over five thresholds. Letters: N objects, K keypoints.
+its box, averaged over objects. mPCK is its mean over five. Letters: N objects, P of a batch, K keypoints.
 """
 
 import random
@@ -29,7 +29,7 @@ THRESHOLDS = 0.05, 0.1, 0.15, 0.2, 0.25
 
 
 def find_hits(instance, points):
-    """Which keypoints are close enough to points, in pixels or None -> bool (5 thresholds, K)."""
+    """Which keypoints the predicted points (pixels, None for no answer) hit -> bool (5 thresholds, K)."""
     points = np.array([point or (np.inf, np.inf) for point in points])
     distance = np.linalg.norm(points - instance.keypoints, axis=1)
     return distance < np.array(THRESHOLDS)[:, None] * max(instance.box[2:])
@@ -46,13 +46,13 @@ def pck_of_queries(instances, predicted):
 
 
 def pck_of_pairs(instances, predicted, category_ids):
-    """Earlier work's 60,000 support-query pairs: 20 categories x 200 draws of one support and 15 queries.
+    """The 60,000 pairs of papers with a support photo: 20 categories x 200 draws of a support and 15 queries.
 
-    Only keypoints visible in both count; a pair that shares none scores 0. CapeLLM's answers do not depend on
-    the support. -> (pairs, 5), and the pairs, (support, query) indices of instances.
+    category_ids: the draws depend on their order. Only keypoints visible in both count; a pair that shares
+    none scores 0. -> (pairs, 5), and the pairs, (support, query) indices of instances.
     """
     hits = [find_hits(o, points) for o, points in zip(instances, predicted)]
-    sampler, pairs = random.Random(1), []  # earlier work's seed
+    sampler, pairs = random.Random(1), []  # those papers' seed
     for category_id in category_ids:
         members = [i for i, o in enumerate(instances) if o.category_id == category_id]
         for _ in range(200 if members else 0):
@@ -78,7 +78,7 @@ class Photos(torch.utils.data.Dataset):
 
 
 def make_batches(instances, most):
-    """-> batches, lists of indices, of at most so many keypoints; an instance with more is alone.
+    """-> lists of indices of instances with at most `most` keypoints together; one with more is alone.
 
     The heaviest come first, so that a batch too large for the memory shows at once.
     """
@@ -92,14 +92,13 @@ def make_batches(instances, most):
     return batches
 
 
-def ask(model, chat, photos, categories, process, locate, batch, workers):
-    """Asks for all keypoints of Photos, shared out between the processes, at most `batch` at a time.
+def ask(model, chat, photos, questions, process, locate, batch, workers):
+    """Asks for all keypoints of Photos, shared out between the processes, `batch` questions at a time.
 
-    locate: decode.locate() or one like it. -> for each photo its points in pixels, None for no answer;
-    likewise confidences. Every process has all.
+    questions: {category id: lists of tokens}. locate: decode.locate() or one like it. -> for each instance
+    its points in pixels, None for no answer; likewise confidences. Every process has all.
     """
     instances, found = photos.instances, {}
-    questions = {c: chat.encode_questions(categories[c]) for c in {o.category_id for o in instances}}
     batches = make_batches(instances, batch)[process.rank::process.world]
     loader = DataLoader(photos, batch_sampler=batches, collate_fn=list, **loader_options(workers),
                         generator=torch.Generator())  # of its own: that of a training is left alone
@@ -133,7 +132,7 @@ def parse_arguments(argv):
     add("--allow-missing", action="store_true", help="leave out objects whose photo or prediction is missing")
     add("--decode", choices=DECODINGS, default="greedy", help="what to take of a coordinate's distribution")
     add("--constrained", action="store_true", help="hold answers to the format, so that none is malformed")
-    add("--cumulative", action="store_true", help="ask in turns, behind the model's own answers (ICCV)")
+    add("--cumulative", action="store_true", help="ask in turns, after the model's own answers (ICCV)")
     add("--llm", metavar="DIR", help="where its weights are, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")
     add("--dtype", choices=DTYPES, help="of frozen weights and computing; by default bf16 on CUDA, else fp32")
@@ -145,8 +144,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.score):
         parser.error("give either a checkpoint or --score predictions.json")
-    if args.score and (args.constrained or args.cumulative or args.decode != "greedy"):
-        parser.error("--constrained, --cumulative and --decode are for a checkpoint; --score asks nothing")
+    if args.score and (args.constrained or args.cumulative or args.decode != "greedy" or args.out):
+        parser.error("--constrained, --cumulative, --decode and --out are for a checkpoint, not for --score")
     return args
 
 
@@ -184,12 +183,13 @@ def ask_checkpoint(args, checkpoint, instances, categories, folder):
     process = start_processes()
     model, chat, _ = load_trained(args.checkpoint, process.device, args.llm, args.vit, args.dtype, checkpoint)
     check_decoding(chat, args.decode, args.constrained)
-    trained = Namespace(**checkpoint["args"])
+    trained, encode = Namespace(**checkpoint["args"]), chat.encode_questions
     if args.cumulative:
         from paper.iccv import encode_in_turns
-        chat.encode_questions = partial(encode_in_turns, chat)
+        encode = partial(encode_in_turns, chat)
+    questions = {c: encode(categories[c]) for c in {o.category_id for o in instances}}
     way = choose_locate(trained, locate, args.cumulative)
-    return ask(model, chat, Photos(instances, folder, trained.image_size), categories, process,
+    return ask(model, chat, Photos(instances, folder, trained.image_size), questions, process,
                partial(way, decode=args.decode, constrained=args.constrained), args.batch, args.workers)
 
 

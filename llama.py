@@ -2,10 +2,10 @@
 
     x -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> hidden states
 
-It follows "The Llama 3 Herd of Models" and reads the Hugging Face hub's files. The same code runs all of the
-paper's Table 4: Llama-3.1-8B, Llama-3.2-1B, Mistral-7B-v0.3, Vicuna-7B-v1.5. This file needs no other.
-Letters: B rows, T new tokens in a row, S tokens that a row has read, new ones included, D width, H query
-heads, G key/value heads, d width of a head. `python llama.py` shows the shapes of a small one.
+It follows "The Llama 3 Herd of Models" and reads the Hugging Face hub's files. The same code runs all LLMs of
+the paper's Table 4: Llama-3.1-8B, Llama-3.2-1B, Mistral-7B-v0.3, Vicuna-7B-v1.5. This file needs no other.
+Letters: B rows, T new tokens in a row, S all tokens of a row (both with padding), D width, H query heads,
+G key/value heads, d width of a head. `python llama.py` shows the shapes of a small one.
 """
 
 import json
@@ -80,7 +80,7 @@ def attention_as_written(q, k, v, mask):
 
 
 def attend(q, k, v, mask):
-    """The same without holding all T x S scores. mask None: a query sees itself and what is before it."""
+    """The same without holding all T x S scores. mask None: T = S, and no query looks ahead."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     # The heads that share keys become one head with all their queries, so that no keys are copied. With a
@@ -120,7 +120,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -138,7 +138,7 @@ class Cache:
     """Keys and values of all that rows have read, so that every token is read once.
 
     A row may go on in several ways, for example a photo with several questions. What they have in common is
-    kept once. Rows read blocks of one length; no query attends to what pads them. Here two rows continue p:
+    kept once. Rows read blocks of one length; no query attends to what pads them. Here a and b continue p:
 
         photos          photos.fork([0, 0, 1])      is_token of the fork
         p p p p         p p p p | a a a a a         1 1 1 1   1 1 1 1 1
@@ -166,12 +166,12 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.checkpoint_activations = False  # keep only block inputs, recompute the rest in the backward pass
+        self.checkpoint_activations = False  # keep only layer inputs, recompute the rest in the backward pass
 
     def forward(self, x, cache=None, is_token=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D), of which lm_head makes logits where needed.
@@ -243,7 +243,7 @@ def read_config(path):
 if __name__ == "__main__":
     llama, tokens = Llama.load(Path(__file__).parent / "assets/toy/llm"), torch.tensor([[1, 5, 6, 7]])
     x, cache = llama.embed_tokens(tokens), Cache()
-    hidden, (_, last) = llama(x), [llama(part, cache) for part in (x[:, :3], x[:, 3:])]
+    hidden, _, last = llama(x), llama(x[:, :3], cache), llama(x[:, 3:], cache)
     print(f"tokens {tuple(tokens.shape)} -> hidden states {tuple(hidden.shape)} "
           f"-> logits {tuple(llama.lm_head(hidden).shape)}")
     print("read in two parts with a cache, the same:", torch.allclose(last, hidden[:, 3:], atol=1e-4))

@@ -34,7 +34,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(network, names, **lora_args):
-    """Wraps a LoRALinear around each nn.Linear of `network` whose name is one of `names`, e.g. ("q", "v")."""
+    """Wraps a LoRALinear around each nn.Linear of these names, e.g. ("q", "v"). model.adapt() freezes."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if name in names and isinstance(child, nn.Linear):

@@ -5,8 +5,8 @@
     embedding of BOS, [ 256 image tokens ], embeddings of "\\n", question, answer --> Llama --> next tokens
 
 Here are the two networks joined, the loss that trains them, and the textbook's way to generate an answer.
-decode.py answers faster. Letters: B conversations, P photos, N image tokens, T tokens of text, D width of
-the LLM, R tokens that are to be learned.
+decode.py answers faster. Letters: B conversations, P photos (here always crops, of an object each), N image
+tokens, T tokens of text, D width of the LLM, R tokens that are to be learned.
 """
 
 import torch
@@ -59,7 +59,7 @@ class CapeLLM(nn.Module):
             x = self.embed(images, tokens)
             hidden = self.llama(x)[:, -tokens.shape[1]:-1]  # (B, T - 1, D) (equation 4)
         else:
-            hidden = self.read_behind_photos(images, tokens, photo_of)[:, :-1]
+            hidden = self.read_after_photos(images, tokens, photo_of)[:, :-1]
         # Nine positions in ten are photo and questions, and each row of logits is a product with the whole
         # vocabulary. So logits are made only where there is something to learn.
         rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (R,) each
@@ -74,7 +74,7 @@ class CapeLLM(nn.Module):
         logits = self.llama.lm_head(hidden).float()  # (R, vocabulary)
         return F.cross_entropy(logits, targets, reduction="none")
 
-    def read_behind_photos(self, images, tokens, photo_of):
+    def read_after_photos(self, images, tokens, photo_of):
         """Reads P photos once each, and B conversations as rows that share their keys and values.
 
         -> hidden states (B, T, D) of the last image token and of all tokens but BOS. decode.py asks its
@@ -88,7 +88,7 @@ class CapeLLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, image, tokens, end, max_tokens):
-        """Greedy decoding as in a textbook: the likeliest next token is added to the input, and so on.
+        """Greedy decoding as in a textbook: for each token, the photo and all text so far are read anew.
 
         image (1, 3, h, w); tokens: a list, BOS, "\\n" and a question -> the list of tokens that follow, up to
         the token `end` or max_tokens of them.

@@ -1,7 +1,7 @@
 """A trained model for people and programs: it finds keypoints of your choice, in your words, in your photos.
 
     python predict.py CKPT photo.jpg --box 40,60,300,380 -k "left eye: the eye ..." -k "nose: the tip of ..."
-    python predict.py CKPT photos/ --keypoints animal_body --out found    or film.mp4: pictures and a table
+    python predict.py CKPT photos/ --keypoints animal_body --out found    (or film.mp4) pictures and a table
     python predict.py CKPT --list         which sets of keypoints it knows; --serve opens a page to try it
 
     from predict import Locator
@@ -30,9 +30,9 @@ from model import DTYPES
 class Found:
     """A keypoint in a photo. x and y are None where the answer held no coordinates.
 
-    The distributions say how likely x lies in each of 1,000 upright strips of the square around the box, from
-    left to right, and y in each of 1,000 level ones, from top to bottom. They and the confidence are None
-    where an answer was not in the usual format, and always for a model of <KEYPOINT>.
+    The distributions say how likely x lies in each of 1,000 vertical strips of the square around the box,
+    from left to right, and y in each of 1,000 horizontal ones, from top to bottom. They and the confidence
+    are None where an answer was not in the usual format, and always for a model of <KEYPOINT>.
     """
 
     x: float | None  # pixels of the photo
@@ -48,8 +48,8 @@ class Locator:
 
     checkpoint: what train.py wrote. decode: what to take of each coordinate's distribution, "greedy",
     "median" or "mean". llm, vit: where the published weights are, if they were moved since the training.
-    descriptions: a file of more keypoint sets; the checkpoint knows those of its training. dtype: "bf16" or
-    "fp32", of the frozen weights and of computing; None for what suits the device.
+    descriptions: a file of more keypoint sets, in place of descriptions.json; the checkpoint knows those of
+    its training. dtype: "bf16" or "fp32", of frozen weights and computing; None: bf16 on CUDA, else fp32.
     """
 
     def __init__(self, checkpoint, decode="greedy", llm=None, vit=None, descriptions=None, dtype=None):
@@ -130,7 +130,7 @@ def parse_arguments(argv):
         "it is; may be repeated")
     add("--keypoints", metavar="SET", help='a set of keypoints, see --list; or "name: text; name: text"; or '
         "a file: .json {name: text}, or .txt with one a line")
-    add("--descriptions", metavar="JSON", help="more sets, instead of descriptions.json beside this program")
+    add("--descriptions", metavar="JSON", help="replaces descriptions.json beside this program: more sets")
     add("--list", action="store_true", help="show the sets of keypoints, or the texts of --keypoints")
     add("--box", type=parse_box, metavar="X,Y,W,H", help="left, top, width and height of the object in "
         "pixels, instead of the whole photo; in a film, the same for every frame: the object must stay there")
@@ -145,7 +145,7 @@ def parse_arguments(argv):
     add("--decode", choices=DECODINGS, default="greedy", help="what to take of a coordinate's distribution")
     add("--llm", metavar="DIR", help="where its weights are now, if they were moved since the training")
     add("--vit", metavar="DIR", help="likewise")
-    add("--dtype", choices=DTYPES, help="of frozen weights and of computing; None is what suits the device")
+    add("--dtype", choices=DTYPES, help="of frozen weights and computing; by default bf16 on CUDA, else fp32")
     add("--serve", action="store_true", help="open a page to try it")
     add("--port", type=int, default=8000, help="of the page")
     add("--host", metavar="ADDRESS", help="open the page, without a password, to all that reach this address "

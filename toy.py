@@ -1,7 +1,7 @@
 """CapeLLM in miniature: draws a toy MP-100, fine-tunes tiny backbones, evaluates on categories never seen.
 
     python toy.py               minutes on a CPU; leaves runs/toy/ with ckpt.pt, report.json, predictions.png
-    python toy.py --variants    the paper's variants in miniature; takes hours, and can be stopped
+    python toy.py --variants    the paper's variants in miniature, in an hour and a half; can be stopped
     python toy.py --pretrain    makes the backbones of assets/toy from scratch, in 23 minutes on one core
 
 Training and evaluation are those of train.py and evaluate.py, in their files and folders. Two worlds share
@@ -112,13 +112,13 @@ def main(argv):
     parser.add_argument("--variants", action="store_true", help="compare the paper's variants instead")
     parser.add_argument("--seed", type=natural, default=0,
                         help="another seed draws another toy MP-100 and trains on it")
-    parser.add_argument("--out", type=Path, help="by default runs/toy, or runs/variants")
+    parser.add_argument("--out", type=Path, help="by default runs/toy, runs/variants or assets/toy")
     args = parser.parse_args(argv)
     # Two threads are hardly faster on networks so small, and with one every machine adds in the same order.
     torch.set_num_threads(1)
     if args.pretrain:
         from toyworld.pretrain import make_backbones
-        return make_backbones(ASSETS)
+        return make_backbones(args.out or ASSETS)
     if args.variants:
         from toyworld.variants import compare_variants
         return compare_variants(args.out or Path("runs/variants"), NETWORK + RECIPE)

@@ -45,7 +45,7 @@ def make_parser():
     add("--weight-decay", type=float, default=0.01, metavar="X", help="AdamW's weight decay")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient; 0 is any")
     add("--rounds", type=lambda text: text if text == "dynamic" else positive(text), default=4, metavar="N",
-        help="keypoints asked in a conversation, or dynamic: Table 4")
+        help="questions, each with its answer, in a conversation; or dynamic: Table 4")
     add("--seed", type=natural, default=42, metavar="N", help="of all that is random")
     add = parser.add_argument_group("network").add_argument
     add("--llm", default="weights/Llama-3.1-8B", metavar="DIR", help="the folder of its files")
@@ -67,8 +67,8 @@ def make_parser():
     add("--init-projection", metavar="CKPT", help="likewise, but from its projection alone: Table 9")
     add = parser.add_argument_group("running").add_argument
     add("--check", action="store_true", help="look whether data, weights and disk will do, and end")
-    add("--pack", action="store_true", help="all conversations of a photo behind one copy of it: faster, "
-        "but --batch then counts photos, and all keypoints of a photo are in one step and crop")
+    add("--pack", action="store_true", help="all conversations about an object share its photo's keys and "
+        "values: faster, but --batch then counts objects, whose keypoints are all in one step and crop")
     add("--checkpoint-activations", action="store_true", help="far less memory for half as much work again")
     add("--dtype", choices=DTYPES, help="of frozen weights and computing; by default bf16 on CUDA, else fp32")
     add("--workers", type=natural, default=min(4, os.cpu_count()), metavar="N", help="processes for photos")
@@ -151,7 +151,7 @@ def add_gradients(model, learner, batches, step, args, process):
     """Adds up this process's gradients of a step (learner: model, or its DDP) -> epoch, loss, tokens."""
     rank, world, device = process
     loss, n_tokens = torch.zeros((), device=device), 0
-    accumulation = args.batch // (args.micro_batch * world)  # no remainder: see check_briefly()
+    accumulation = args.batch // (args.micro_batch * world)  # no remainder: tools.check saw to that
     for i in range(accumulation):
         epoch, (images, tokens, labels, photo_of) = next(batches)
         images, tokens, photo_of = (
@@ -162,15 +162,15 @@ def add_gradients(model, learner, batches, step, args, process):
             micro_loss = learner(data.normalize(images), tokens, labels, photo_of) / accumulation
             micro_loss.backward()
         loss += micro_loss.detach()
-        n_tokens += tokens.numel() + len(images) * model.vit.n_patches
+        n_tokens += tokens.numel() + len(images) * model.vit.n_patches  # padding, too
     return epoch, loss, n_tokens
 
 
-def fit(args, process, model, optimizer, batches, steps, texts, validation=None, best=-1):
+def fit(args, process, model, optimizer, batches, steps, descriptions, validation=None, best=-1):
     """The training loop over `steps`, a range -> how many steps are done, and the signal that ended it or 0.
 
-    texts: the descriptions, which a checkpoint holds beside the arguments and all that trains. validation:
-    what measures PCK@0.2, if --validate. best: the best PCK@0.2 so far.
+    descriptions: the file's contents, which a checkpoint holds beside the arguments and all that trains.
+    validation: what measures PCK@0.2, if --validate. best: the best PCK@0.2 so far.
     """
     from tools.run import catch_signals, record
     rank, world, device = process
@@ -188,7 +188,7 @@ def fit(args, process, model, optimizer, batches, steps, texts, validation=None,
             sums = torch.stack([loss / world, torch.tensor(float(len(caught)), device=device)])
             if world > 1:
                 dist.all_reduce(sums)
-            loss, is_stopped = sums.tolist()
+            loss, n_signals = sums.tolist()
             if not math.isfinite(loss + norm):
                 raise InputError(f"step {done}: loss {loss:g}, |grad| {norm:g}; the last checkpoint was not "
                                  "touched; start again with a lower --lr")
@@ -206,14 +206,14 @@ def fit(args, process, model, optimizer, batches, steps, texts, validation=None,
             bar.set_postfix_str(f"loss {loss:.4f}, {line['tokens_per_second']:,} tokens/s")
             bar.update()
             is_last, is_best = done == steps.stop, False
-            if args.validate and (is_last or done % args.validate == 0 and not is_stopped):
+            if args.validate and (is_last or done % args.validate == 0 and not n_signals):
                 line["PCK@0.2"] = validation.measure(model)
                 best, is_best = max(best, line["PCK@0.2"]), line["PCK@0.2"] > best
             if rank == 0:
-                is_due = done % args.save_every == 0 or is_last or is_stopped
-                names = ["best.pt"] * is_best + ["ckpt.pt"] * bool(is_due)
-                record(args, line, names, model, optimizer, descriptions=texts, best=best)
-            if is_stopped and not is_last:
+                is_due = done % args.save_every == 0 or is_last or n_signals
+                names = [name for name, wanted in (("best.pt", is_best), ("ckpt.pt", is_due)) if wanted]
+                record(args, line, names, model, optimizer, descriptions=descriptions, best=best)
+            if n_signals and not is_last:
                 return done, caught[0] if caught else signal.SIGTERM
     return steps.stop, 0
 
@@ -245,11 +245,11 @@ def main(argv):
         return check_all(args)
     process = start_processes()
     check_briefly(args, process)
-    texts = read_json(args.descriptions)
-    categories = data.parse_descriptions(texts, args.descriptions)
+    descriptions = read_json(args.descriptions)
+    categories = data.parse_descriptions(descriptions, args.descriptions)
     instances = data.read_instances(data.annotation_file(args.data, args.split, "train"), categories)
     instances = keep_readable(instances, Path(args.data, "images"), categories, args.allow_missing)
-    checkpoint = find_run(args, texts)
+    checkpoint = find_run(args, descriptions)
     rounds = 4 if args.rounds == "dynamic" else args.rounds  # dynamic groups are counted as fours
     n_examples = sum(1 if args.pack else math.ceil(len(o.keypoints) / rounds) for o in instances)
     steps = range(checkpoint["step"] if checkpoint else 0, args.epochs * math.ceil(n_examples / args.batch))
@@ -267,7 +267,7 @@ def main(argv):
     del checkpoint  # of a full fine-tuning it is several GB
     validation = Validation(args, chat, categories, process) if args.validate else None
     batches = load_batches(instances, categories, chat, args, steps, process)
-    done, signum = fit(args, process, model, optimizer, batches, steps, texts, validation, best)
+    done, signum = fit(args, process, model, optimizer, batches, steps, descriptions, validation, best)
     if signum:
         say(f"stopped after step {done} of {steps.stop}; the same command resumes")
         if process.world > 1:

@@ -3,8 +3,8 @@
     photo (224 x 224) -> a grid of 16 x 16 patches -> [class token, patches] + positions, then registers
         -> [ x + ls1 * attention(norm1(x)) -> x + ls2 * mlp(norm2(x)) ] * n_layers -> norm -> the patch tokens
 
-It follows Oquab et al., 2024, with registers Darcet et al., 2024, and reads the hub's files and the original
-release's. Modules have the latter's names, but q, k and v are separate layers, since LoRA goes on q and v.
+It follows Oquab et al., 2024 (registers: Darcet et al., 2024), and reads the hub's files, with tensors named
+as there or as in the original release. Names here are the latter's, but q, k and v are separate, for LoRA.
 This file needs no other. Letters: B photos, N patches, T tokens (class token, registers and patches), D
 width, H heads. `python vit.py` shows the shapes of a small one.
 """
@@ -117,9 +117,9 @@ class ViT(nn.Module):
     def resize_positions(self, image_size):
         """Fits the position table, learned for 518 pixels (37 x 37 patches), to photos of another size.
 
-        Bicubic, as in the original release: with registers to n x n with antialiasing, without them by a
-        factor of (n + 0.1) / 37. The 0.1 once guarded against a rounding error; leaving it out, as
-        Transformers does, changes patch tokens (0.27 on average) by up to 0.02.
+        Bicubic, as in the original release: with registers to n x n patches, antialiased; without them by a
+        factor of (n + 0.1) / 37. The 0.1 once guarded against a rounding error; without it, as in
+        Transformers, patch tokens change slightly.
         """
         old, new = math.isqrt(self.n_patches), image_size // self.config.patch_size
         if old == new:

@@ -23,9 +23,7 @@ def choose_parts(args, Encoder, Network, Chat):
 
 def choose_locate(args, locate, cumulative=False):
     """The paper's decode.locate(), and train.py's arguments -> what asks the model that they made."""
-    if args.instruction == "step" or cumulative:  # Table 7; the paper's version of ICCV
+    if args.instruction == "step" or args.answer == "token" or cumulative:  # Tables 7, 8; the ICCV version
         from paper.iccv import locate_in_turns
         return partial(locate_in_turns, cumulative=cumulative)
-    if args.answer == "token":  # Table 8
-        from paper.keypoint_token import locate
     return locate

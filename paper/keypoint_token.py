@@ -17,7 +17,7 @@ from torch import nn
 
 from chat import IGNORE, AnswerFormat, Chat, ask_with_description
 from common import read_json, reading
-from decode import Prediction, feed, prefill
+from decode import Prediction, feed
 from model import CapeLLM
 
 UNITS = 10**9  # a coordinate as a whole number, finer than fp32 is
@@ -85,9 +85,3 @@ def ask_photos(model, photos, questions, chat, decode="greedy", constrained=Fals
         for p, point in zip(photo_of, model.keypoint_head(hidden.float()).tolist()):
             predictions[p].append(Prediction(tuple(point), None, [chat.keypoint, chat.eos]))
     return predictions
-
-
-@torch.no_grad()
-def locate(model, images, questions, chat, decode="greedy", constrained=False):
-    """As decode.locate()."""
-    return ask_photos(model, prefill(model, images, [chat.bos]), questions, chat)

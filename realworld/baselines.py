@@ -8,7 +8,6 @@ drawn at random, shows where its keypoints are; the patch most like that one, by
 guess. Words alone must do without that photo. Writes OUT/baselines.json.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import run
+from common import Parser, run
 from data import annotation_file, crop_of, read_instances
 from realworld.data import read_categories
 from realworld.features import look
@@ -63,11 +62,9 @@ def guess_by_patches(instances, vit, images, seed):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--vit", required=True)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[112, 224], help="of crops for nearest patch")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     categories = read_categories()
@@ -76,9 +73,9 @@ def main(argv):
     trained = [o for o in read_instances(train, categories) if not o.photo.startswith("mirrored/")]
     means = mean_places(trained, categories)
     guesses = {"mean place": guess_means(instances, categories, means)}
-    for size in args.sizes:
+    for size in 112, 224:  # pixels a side of a crop; the model sees 112
         vit = ViT.load(args.vit, size).eval()
-        guesses[f"nearest patch, {size} px"] = guess_by_patches(instances, vit, images, args.seed)
+        guesses[f"nearest patch, {size} px"] = guess_by_patches(instances, vit, images, seed=0)
     for name, predicted in guesses.items():
         reports[name] = make_report(instances, list(predicted), categories, test, "query")
         print(name)

@@ -8,13 +8,12 @@ change places in the names of the keypoints as well. Split 1 is for pre-training
 has only the first FEW photos of each training category, not mirrored: enough for fine-tuning.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from PIL import Image
 
-from common import read_json, run
+from common import Parser, read_json, run
 from data import parse_descriptions
 
 HERE = Path(__file__).parent
@@ -123,7 +122,7 @@ def write_mirrored(images, image, mirrored):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)

@@ -3,17 +3,16 @@
     python -m realworld.features --data data/realworld --vit facebook/dinov2-small --out runs/realworld
 
 Of the training photos these are crops as train.py makes them, other ones in each epoch; of the others the
-crops of a test. OUT/{train0,train1,...,val,test}.pt hold the patches (n, 64, 384) in 16 bits, and for each
+crops of a test. OUT/{train0,train1,val}.pt hold the patches (n, 64, 384) in 16 bits, and for each
 the annotation's id and the places of its keypoints in the crop. What is there already is not made again.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import run
+from common import Parser, run
 from data import annotation_file, crop_of, normalize, plan_epoch, read_instances
 from realworld.data import read_categories
 from vit import ViT
@@ -38,16 +37,15 @@ def look(vit, images, crops, bar):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--vit", required=True)
-    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--out", type=Path, default="runs/realworld")
     args = parser.parse_args(argv)
     categories = read_categories()
     vit = ViT.load(args.vit, SIZE).eval()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in ["val", "train0", "test", *(f"train{epoch}" for epoch in range(1, args.epochs))]:
+    for name in "val", "train0", "train1":
         split, file = name.rstrip("0123456789"), args.out / f"{name}.pt"
         if file.exists():
             continue
@@ -56,7 +54,8 @@ def main(argv):
         if split == "train":
             epoch = plan_epoch(instances, SEED, int(name.removeprefix("train")), 4, pack=True)
             crops = [(example.instance, example.crop) for example in epoch]
-        torch.save(look(vit, args.data / "images", crops, name), file)
+        torch.save(look(vit, args.data / "images", crops, name), part := file.with_suffix(".part"))
+        part.replace(file)
 
 
 if __name__ == "__main__":

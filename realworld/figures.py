@@ -7,14 +7,13 @@ pretraining.png, and best.png and worst.png, which show photographs that may not
 a keypoint is, the dot at the end of its line where the model says it is.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common import run
+from common import Parser, run
 from data import annotation_file, crop_of, read_instances
 from evaluate import pck_of_queries
 from realworld.data import read_categories
@@ -81,7 +80,7 @@ def draw_best_and_worst(tuned, data, n=5):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("pretrained", type=Path)
     parser.add_argument("tuned", type=Path)
     parser.add_argument("--data", type=Path, required=True)

@@ -62,7 +62,7 @@ class Texts:
 class Photos:
     """Cached patches, drawn by category: one with n photos n**0.7 times as often as one with a photo."""
 
-    def __init__(self, features, split, data, categories):
+    def __init__(self, features, split, data):
         files = sorted(features.glob(f"{split}*.pt"))
         parts = [torch.load(file, weights_only=False) for file in files]
         self.patches = torch.cat([part["patches"] for part in parts])

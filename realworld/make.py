@@ -6,7 +6,6 @@ Every step is a command that can be run by itself; each is printed before it run
 each seed and of both baselines. --ship copies what assets/real holds, of the first seed.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import run
+from common import Parser, run
 from tools.score import COLUMNS
 
 TUNING = ("--split 2 --image-size 112 --tune-vit frozen --epochs 1 --pack --batch 16 --micro-batch 8 "
@@ -59,7 +58,7 @@ def ship(seed, to):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--vit", type=Path, required=True, help="DINOv2-S, as published")
     parser.add_argument("--data", type=Path, default="data/realworld", help="where MP-100's layout goes")

@@ -8,7 +8,6 @@ answers questions. OUT gets llm/, laid out as the hub's folders, projection.pt f
 log.jsonl. The same command again goes on where it stopped.
 """
 
-import argparse
 import json
 import math
 import time
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from common import run
+from common import Parser, run
 from llama import Cache, Llama, LlamaConfig
 from realworld.data import read_categories
 from realworld.lessons import BOS, EOS, PATCHES, Photos, Texts, make_batch, make_tokenizer
@@ -144,7 +143,7 @@ def save(out, model, tokenizer, mean, std):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--features", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -155,7 +154,7 @@ def main(argv):
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     categories = read_categories()
-    photos, others = (Photos(args.features, split, args.data, categories) for split in ("train", "val"))
+    photos, others = (Photos(args.features, split, args.data) for split in ("train", "val"))
     others.mean, others.std = photos.mean, photos.std
     tokenizer = make_tokenizer([categories[number] for number in sorted(set(photos.category))])
     texts = Texts(categories, tokenizer)
@@ -182,7 +181,7 @@ def main(argv):
             optimizer.zero_grad()
         seconds += time.perf_counter() - began
         recent.append((look.item(), talk.item(), right))
-        if step % 50 == 49:
+        if step % 50 == 49 or step + 1 == args.steps:
             rng = np.random.default_rng(step)
             with torch.no_grad():
                 *_, unseen = losses(model, *make_batch(rng, others, texts, others.draw(rng, 2 * BATCH)), True)

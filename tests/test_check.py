@@ -50,6 +50,13 @@ def test_all_is_well_and_nothing_is_written(checked, command, tmp_path, capsys):
     assert capsys.readouterr().out == said  # python -m tools.check
     well, said = checked("--validate", 5)
     assert not well and "val.json: no such file" in said
+    test = tmp_path / "data/annotations/mp100_split1_test.json"
+    test.unlink()
+    well, said = checked()
+    assert well and f"{test}: absent, which only evaluate.py needs" in said
+    (tmp_path / "data/descriptions.json").rename(texts := tmp_path / "texts.json")  # as MP-100 comes
+    well, said = checked("--descriptions", texts)
+    assert not well and f"problem: {test}: no such file" in said
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -65,6 +72,8 @@ def test_missing_and_truncated_photos_are_counted_and_listed(checked, tmp_path):
     assert "objects without photo: wagon 2, kite 2\n" in said  # of train and test
     assert "photos by folder: kite 1, wagon 1\n" in said
     assert listed.read_text() == "kite/1.jpg\nwagon/0.jpg\n"
+    well, said = checked("--out", listed)  # which is a file
+    assert not well and f"problem: {listed}" in said
 
 
 @pytest.mark.parametrize("split, lacks", [
@@ -223,8 +232,23 @@ def test_memory_and_checkpoints_on_paper_are_those_of_reproduce(tmp_path, monkey
     gpu.total_memory = 16e9
     with pytest.raises(check.InputError, match="the GPU has 16; --checkpoint-activations needs less"):
         check.check_memory(args, model, 1)
+    args.checkpoint_activations = True
+    with pytest.raises(check.InputError, match="the GPU has 16$"):
+        check.check_memory(args, model, 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(check.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1000}.get(name, 96 * 10**6))
     assert "frozen weights 33.3, " in check.check_memory(args, model, 2)  # fp32 on a CPU
     with pytest.raises(check.InputError, match="x 3 processes, this machine has 96 GB; --dtype bf16 "):
         check.check_memory(args, model, 3)
+    args.dtype = "bf16"
+    with pytest.raises(check.InputError, match="x 9 processes, this machine has 96 GB$"):
+        check.check_memory(args, model, 9)
+
+
+def test_the_embeddings_of_table_8_count(command, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(check, "check_disk", lambda args, n_trained: sizes.append(n_trained) or "")
+    for answer in "text", "token":
+        check.check_run(train.parse_arguments(command("--answer", answer)), 1)
+    words, D = check.sketch(train.parse_arguments(command()).llm)[0].embed_tokens.weight.shape
+    assert sizes[1] - sizes[0] == (words + 1) * D + (D + 1) * D + (D + 1) * 2  # and a head of two layers

@@ -322,8 +322,8 @@ def test_ways_of_asking_that_do_not_fit_are_one_clear_line(tiny, tmp_path):
     for how in ["--decode", "median"], ["--constrained"]:
         line = refused(evaluate, [tmp_path / "ckpt.pt", *how])
         assert how[0] in line and "does not spell points in digits" in line
-    for how in ["--decode", "median"], ["--constrained"], ["--cumulative"]:
-        assert "--score asks nothing" in refused(evaluate, ["--score", "p.json", *how])
+    for how in ["--decode", "median"], ["--constrained"], ["--cumulative"], ["--out", "x"]:
+        assert "not for --score" in refused(evaluate, ["--score", "p.json", *how])
     chat = make_chat(tmp_path, sentencepiece("lumps"), 1, 2)  # which joins some digits
     decode.check_decoding(chat, "greedy")
     for how in ("mean", False), ("greedy", True):

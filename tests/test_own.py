@@ -16,6 +16,7 @@ from test_rubbish import damaged, rubbish, spoilt_json
 from common import InputError, read_json
 from data import parse_descriptions, read_instances
 from tools import own
+from toyworld.teapots import main as draw_teapots
 
 NAMES = ["spout", "lid_knob", "Handle"]
 TEXTS = {"spout": "The opening away from the handle.", "lid knob": "The knob on top.",
@@ -272,6 +273,13 @@ def test_wrong_arguments_and_descriptions_are_one_line(tmp_path, texts, wrong, s
         wrong = [*wrong, "--descriptions", tmp_path / "texts.json"]
     assert says in refuse(tmp_path, teapots(tmp_path, 2), *wrong)
     assert not (tmp_path / "data").exists()
+
+
+def test_texts_beside_the_annotations_are_none_however_they_are_spelled(tmp_path):
+    draw_teapots([f"{tmp_path}/in"])
+    own.main(command_line(tmp_path / "in", "--descriptions", f"{tmp_path}/in/../in/texts.json",
+                          "--out", tmp_path / "out"))
+    assert len(instances(tmp_path / "out")) == 6
 
 
 # ----------------------------------------------------------------------------------------------- descriptions

@@ -4,8 +4,12 @@ import http.client
 import io
 import json
 import shutil
+import socket
+import struct
 import subprocess
+import sys
 import threading
+import time
 from contextlib import contextmanager
 from html import unescape
 from types import SimpleNamespace
@@ -145,6 +149,18 @@ def test_other_addresses_names_and_uploads_that_are_large_or_of_unknown_length_a
                              ("127.0.0.1.evil.example", True), (None, True)):
         for method, path in ("GET", "/"), ("GET", "/start"), ("POST", "/locate"):
             assert (ask(port, method, path, Host=host)[0] == 403) == is_refused
+
+
+def test_a_page_that_is_closed_during_an_upload_is_no_defect(port, monkeypatch):
+    ended, defects = threading.Event(), []
+    server, close = page_module.ThreadingHTTPServer, page_module.ThreadingHTTPServer.shutdown_request
+    monkeypatch.setattr(server, "handle_error", lambda *_: defects.append(sys.exc_info()))
+    monkeypatch.setattr(server, "shutdown_request", lambda *request: (close(*request), ended.set()))
+    with socket.create_connection(("127.0.0.1", port)) as left:
+        left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        left.sendall(b"POST /locate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n12")
+        time.sleep(0.2)  # the server waits for the rest
+    assert ended.wait(10) and not defects
 
 
 @pytest.mark.parametrize("host", [None, "0.0.0.0"])

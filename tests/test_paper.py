@@ -21,7 +21,6 @@ from common import InputError, read_json
 from data import parse_descriptions
 from decode import Prediction
 from model import CapeLLM, load_network
-from paper import keypoint_token
 from paper.iccv import LONGEST_NAME, encode_in_turns, group_dynamically, locate_in_turns
 from paper.instructions import (
     INSTRUCTIONS,
@@ -357,8 +356,8 @@ def test_loss_of_a_keypoint_token_is_its_distance_and_of_words_the_usual(pointin
     assert all(p.grad.any() for p in model.keypoint_head.parameters())
 
 
-@pytest.mark.parametrize("instruction, cumulative", [
-    ("description", None), ("description", False), ("description", True), ("step", False), ("step", True)])
+@pytest.mark.parametrize("cumulative", [False, True])
+@pytest.mark.parametrize("instruction", ["description", "step"])
 @torch.no_grad()
 def test_a_point_is_read_off_the_keypoint_token_behind_its_question(tiny, instruction, cumulative):
     """Of Table 8's second row, too, where the model's own words come first."""
@@ -366,10 +365,7 @@ def test_a_point_is_read_off_the_keypoint_token_behind_its_question(tiny, instru
     assert chat.keypoint == KEYPOINT
     images, one = torch.randn(2, 3, 56, 56), Category("plate", CUP.keypoints[:1])
     questions = [chat.encode_questions(category) for category in (CUP, one)]
-    if cumulative is None:
-        found = keypoint_token.locate(model, images, questions, chat)
-    else:
-        found = locate_in_turns(model, images, questions, chat, cumulative=cumulative)
+    found = locate_in_turns(model, images, questions, chat, cumulative=cumulative)
     for image, asked, predictions in zip(images, questions, found, strict=True):
         tokens = begin(model, image, chat)
         for question, p in zip(asked, predictions, strict=True):

@@ -267,6 +267,7 @@ def test_folders_within_folders_and_patterns(folder, kite_photos, answered, tmp_
     for name in "deep/er/1.png", "z.WEBP", ".hidden/a.png":
         Image.new("RGB", (200, 100)).save(other / name)
     (other / "notes.doc").write_text("no photo")
+    (other / "table.h5").write_bytes(b"\x89HDF\r\n\x1a\n no photo, though Pillow knows it")
     out = other / "out"
     for _ in range(2):  # the second time, the folder holds what the first left
         answered.clear()
@@ -284,7 +285,7 @@ def test_folders_within_folders_and_patterns(folder, kite_photos, answered, tmp_
         str(path) for path in (kite_photos / "1.jpg", kite_photos / "3.jpg", deep, other / "z.WEBP")]
     assert entries[3]["keypoints"][1] == {"name": "tail", "x": 60.0, "y": 30.0, "confidence": 0.6}
     assert f"wrote {out}/: keypoints.json, keypoints.csv and 4 pictures" in said.out
-    assert f"{other}: left out notes.doc: not photos of a kind" in said.err
+    assert f"{other}: left out notes.doc, table.h5: not photos of a kind" in said.err
 
 
 def test_a_broken_photo_among_many_is_left_out_and_said(folder, photo, answered, tmp_path, capsys):

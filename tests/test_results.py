@@ -166,6 +166,16 @@ def test_boxes_from_a_coco_file_and_results_that_cocos_tools_load(data, answered
     assert {tuple(one) for _, keypoints, _ in answered for one in keypoints} == {(("tip", "the sharp end"),)}
 
 
+def test_photos_and_their_labels_are_not_overwritten(answered, tmp_path, monkeypatch):
+    Image.new("RGB", (110, 80)).save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for out in tmp_path, ".":
+        line = refused(predict, [TOY, tmp_path / "a.png", *TIP, "--out", out, "--format", "labelme"])
+        assert "is the photos' own folder" in line
+    assert (tmp_path / "a.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+
+
 def test_a_detectors_list_goes_by_the_numbers_of_photos(tmp_path, answered, capsys):
     for name in "12.png", "COCO_val_000000000139.png", "7.png", "b_7.png", "a_5.png", "b_5.png":
         Image.new("RGB", (40, 30)).save(tmp_path / name)

@@ -125,6 +125,9 @@ def test_what_is_scored_keeps_the_annotated_box(tmp_path, monkeypatch):
     assert sides == [{1.0}, {1.2}, {0.8}]
     assert rows == dict.fromkeys(["as they are", "box x 1.2", "box x 0.8"], (0, pytest.approx(0.2)))
     assert "above 0" in refused(texts, [*command, 0])
+    texts.main(command_line("--box-scale", 1.2, "--decode", "median", *command[:-1]))  # in any order
+    assert [*read_json(tmp_path / "r")] == ["as they are", "box x 1.2"]
+    assert "--report takes all reports" in refused(texts, [*command[:-1], "--out", tmp_path])
 
 
 def test_the_toy_needs_its_texts(tmp_path):

@@ -95,6 +95,17 @@ def test_data_that_is_no_toys_is_not_replaced(tmp_path):
     with pytest.raises(InputError, match="data: not a toy MP-100"):
         toy.main(["--out", str(tmp_path)])
     assert (tmp_path / "data/mp100").exists() and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/data: cannot be made"):
+        toy.main(["--out", str(tmp_path / "file")])
+
+
+def test_backbones_go_where_they_are_wanted(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(pretrain, "make_backbones", folders.append)
+    toy.main(["--pretrain"])
+    toy.main(["--pretrain", "--out", str(tmp_path)])
+    assert [folder.resolve() for folder in folders] == [SHIPPED, tmp_path]
 
 
 def test_only_test_categories_have_the_pairs_kept_for_them():

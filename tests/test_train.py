@@ -426,7 +426,18 @@ WRONG = [
     ("--instruction long", "long: no such instruction; there are description, name"),
     ("--pretrain direct --instruction name", "leave out --instruction"),
     ("--pretrain direct --validate 3", "locates nothing"), ("--epoch 3", "--epoch"),
-    ("--rounds many", "--rounds"), ("--seed -1", "--seed"), ("--batch 0", "--batch")]
+    ("--rounds many", "--rounds: invalid value: 'many'"), ("--seed -1", "--seed"), ("--batch 0", "--batch"),
+    ("--clip -1", "--clip -1.0: give a number from 0 to inf"), ("--lr nan", "--lr nan: give"),
+    ("--lr inf", "--lr inf: give"), ("--warmup 500", "--warmup 500.0: give a number from 0 to 1"),
+    ("--weight-decay -1", "--weight-decay -1.0: give")]
+
+
+@pytest.mark.parametrize("data, split, out", [
+    ("data/mp100", 1, "split1"), ("data/mp100/", 3, "split3"), ("elsewhere/mp100", 1, "mp100"),
+    ("elsewhere/mp100", 3, "mp100-split3"), ("data/teapots/.", 1, "teapots"), ("data/a/..", 2, "data-split2")
+])
+def test_each_data_and_split_has_a_run_of_its_own(data, split, out):
+    assert train.parse_arguments(["--data", data, "--split", str(split)]).out == f"runs/{out}"
 
 
 @pytest.mark.parametrize("wrong, message", WRONG)

@@ -82,7 +82,7 @@ def match(tables, ours):
     return found, misfits + unlabelled
 
 
-def main(argv=None):
+def main(argv):
     parser = Parser(description="The authors' own texts as a file for --descriptions.")
     parser.add_argument("clone", help="a clone of the authors' repository")
     parser.add_argument("--out", required=True, help="the file to write, for --descriptions")

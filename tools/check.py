@@ -22,7 +22,7 @@ from tqdm import tqdm
 import llama
 import vit
 from chat import Chat
-from common import InputError, read_json, reading, run, say
+from common import InputError, read_json, reading, run, say, write_whole
 from data import annotation_file, parse_descriptions, read_instances
 from model import CapeLLM, adapt
 
@@ -91,11 +91,12 @@ def is_readable(path, to_its_end):
 
 def check_annotations(args, categories):
     """-> the Instances of all subsets, and a line for each problem."""
-    instances, problems = [], []
+    instances, problems, is_own = [], [], Path(args.data, "descriptions.json").exists()
     for subset in N_CATEGORIES:
         path = annotation_file(args.data, args.split, subset)
-        if subset == "val" and not path.exists() and not args.validate:
-            print(f"{path}: absent, which only --validate needs")
+        needs_it = {"val": None if args.validate else "--validate", "test": "evaluate.py" if is_own else None}
+        if not path.exists() and needs_it.get(subset):
+            print(f"{path}: absent, which only {needs_it[subset]} needs")
             continue
         try:
             found = read_instances(path, categories)
@@ -122,8 +123,7 @@ def check_photos(args, instances, categories):
     absent = sum(not (folder / photo).exists() for photo in missing)
     by_category = Counter(categories[o.category_id].name for o in instances if not whole[o.photo])
     by_folder = Counter(str(Path(photo).parent) for photo in missing)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    Path(args.out, "missing.txt").write_text("".join(f"{photo}\n" for photo in missing))
+    write_whole(Path(args.out, "missing.txt"), "".join(f"{photo}\n" for photo in missing).encode())
     return [f"{folder}: of {len(photos):,} photos {absent:,} are missing and {len(missing) - absent:,} are "
             f"damaged ({args.out}/missing.txt lists them)",
             f"  objects without photo: {show(by_category)}", f"  photos by folder: {show(by_folder)}"]
@@ -185,7 +185,7 @@ def read_headers(directory):
     return shapes, total
 
 
-def sketch(directory, device="meta"):
+def sketch(directory):
     """A folder's network without its weights, and the bytes of its files.
 
     InputError if the weights are not whole, or not the tensors that config.json asks for.
@@ -193,7 +193,7 @@ def sketch(directory, device="meta"):
     path = Path(directory, "config.json")
     kind = read_json(path, dict).get("model_type")
     shapes, size = read_headers(directory)
-    with reading(directory, "is config.json the one of these weights?"), torch.device(device):
+    with reading(directory, "is config.json the one of these weights?"), torch.device("meta"):
         if kind in ("llama", "mistral"):
             network = llama.Llama(llama.read_config(path))
             shapes = {key.removeprefix("model."): shape for key, shape in shapes.items()
@@ -266,11 +266,12 @@ def check_memory(args, model, n_processes):
     line = (f"memory on paper {needed / 1e9:.1f} GB a process: "
             + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items()))
     if on_gpu and (there := torch.cuda.get_device_properties(0).total_memory) < needed:
-        raise InputError(f"{line}; the GPU has {there / 1e9:.0f}; --checkpoint-activations needs less")
+        raise InputError(f"{line}; the GPU has {there / 1e9:.0f}"
+                         + "; --checkpoint-activations needs less" * (not args.checkpoint_activations))
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not on_gpu and there < needed * n_processes:
         raise InputError(f"no GPU seen, and {line}; x {n_processes} processes, this machine has "
-                         f"{there / 1e9:.0f} GB; --dtype bf16 takes half")
+                         f"{there / 1e9:.0f} GB" + "; --dtype bf16 takes half" * (width == 4))
     return line
 
 
@@ -283,10 +284,13 @@ def check_run(args, n_processes):
     for directory, wanted in (args.vit, "facebook/dinov2-large"), (args.llm, "meta-llama/Llama-3.1-8B"):
         recognise(directory, wanted)
     (encoder, vit_size), (decoder, llm_size) = sketch(args.vit), sketch(args.llm)
+    Network = CapeLLM
+    if args.answer == "token":  # trains all embeddings, too
+        from paper.keypoint_token import KeypointLLM as Network
     with torch.device("meta"):
         adapt(encoder, args.tune_vit, ("q", "v"))
         adapt(decoder, args.tune_llm, ("q_proj", "v_proj"))
-        model = CapeLLM(encoder, decoder)
+        model = Network(encoder, decoder)
     check_tokenizer(args)
     return [f"{args.vit}: weights of {vit_size / 1e9:.2f} GB, whole",
             f"{args.llm}: weights of {llm_size / 1e9:.2f} GB, whole",

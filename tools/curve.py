@@ -3,7 +3,6 @@
     python -m tools.curve runs/split1        writes runs/split1/curve.png, as train.py does when it saves
 """
 
-import argparse
 import io
 import json
 import math
@@ -13,7 +12,7 @@ from statistics import fmean
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import InputError, run, write_whole
+from common import InputError, Parser, run, write_whole
 
 SIZE = WIDTH, HEIGHT = 900, 200  # pixels of a panel
 LEFT, RIGHT, TOP, BOTTOM = 80, 20, 34, 24  # its margins
@@ -81,7 +80,7 @@ def draw_curve(folder):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m tools.curve", description="Draws a run's curves.")
+    parser = Parser(description="Draws a run's curves.")
     parser.add_argument("folder", help="of the run, with its log.jsonl")
     draw_curve(parser.parse_args(argv).folder)
 

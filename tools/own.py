@@ -153,7 +153,8 @@ def find_in_folder(folder, args):
 
 def list_annotations(folder, args):
     return sorted(file for file in folder.glob("*")
-                  if file.suffix.lower() in (".json", ".csv") and file != args.descriptions)
+                  if file.suffix.lower() in (".json", ".csv")
+                  and not (args.descriptions and file.resolve() == args.descriptions.resolve()))
 
 
 # --------------------------------------------------------------------------------- categories and their texts

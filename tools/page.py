@@ -103,6 +103,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(200, self.locate(self.rfile.read(int(length)), parse_qs(query)))
             except InputError as e:
                 self.reply(400, {"error": str(e)})
+            except ConnectionError:  # the page was left meanwhile
+                pass
 
     def is_foreign(self):
         """Whether the browser was sent here by another name, as a page of another site might do.

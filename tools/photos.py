@@ -115,7 +115,9 @@ def find_photos(paths, out=None):
 
 def search(folder, out):
     """All photos in a folder and in those within. Says what else there is."""
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    stubs = "BUFR", "GRIB", "HDF5", "MPEG"  # Pillow knows such a file when it sees it, but cannot decode it
+    endings = {ending for ending, kind in Image.registered_extensions().items()
+               if kind in Image.OPEN and kind not in stubs}
     entries = [entry for entry in sorted(folder.rglob("*")) if entry.is_file()
                and not any(part.startswith(".") for part in entry.relative_to(folder).parts)
                and not (out and folder.resolve() in out.resolve().parents

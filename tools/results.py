@@ -32,6 +32,9 @@ class Result(NamedTuple):
 def locate_jobs(jobs, args, load):
     """Asks about all Jobs and gives out what args, predict.py's, ask for. load: makes the Locator."""
     if args.out:
+        if any(job.path.parent.resolve() == args.out.resolve() for job in jobs):
+            raise InputError(f"--out {args.out}: is the photos' own folder, where they could be overwritten; "
+                             "name another")
         make_folder(args.out)
     locator, results, taken, n_failed = load(), [], set(), 0
     bar = tqdm(total=len(jobs), disable=len(jobs) == 1, dynamic_ncols=True)

@@ -7,6 +7,7 @@
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -43,9 +44,14 @@ def complete(parser, argv):
         if args.validate or args.answer == "token":
             parser.error("--pretrain locates nothing: leave out --validate and --answer")
         args.tune_vit = args.tune_llm = "frozen"
+    for name, most in ("lr", math.inf), ("warmup", 1), ("weight_decay", math.inf), ("clip", math.inf):
+        if not 0 <= getattr(args, name) <= most or math.isinf(getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from 0 to {most}")
     own = Path(args.data, "descriptions.json")
     args.descriptions = args.descriptions or str(own if own.exists() else "descriptions.json")
-    name = f"split{args.split}" if args.data == parser.get_default("data") else Path(args.data).name
+    data, mp100 = map(os.path.abspath, (args.data, parser.get_default("data")))
+    split = f"split{args.split}"
+    name = split if data == mp100 else os.path.basename(data) + f"-{split}" * (args.split > 1)
     args.out = args.out or f"runs/{f'pretrain-{args.pretrain}' if args.pretrain else name}"
     if args.fresh and start and Path(start).absolute().parent == Path(args.out).absolute():
         parser.error(f"--fresh would delete {start}, which the run starts from; choose another --out")
@@ -139,8 +145,9 @@ class Validation:
         folder = Path(args.data, "images")
         instances = random.Random(0).sample(instances, min(100, len(instances)))
         self.instances = keep_readable(instances, folder, categories, args.allow_missing)
+        questions = {c: chat.encode_questions(categories[c]) for c in {o.category_id for o in instances}}
         self.ask = partial(ask, chat=chat, photos=Photos(self.instances, folder, args.image_size), batch=16,
-                           categories=categories, process=process, workers=args.workers,
+                           questions=questions, process=process, workers=args.workers,
                            locate=choose_locate(args, locate))
 
     def measure(self, model):

@@ -73,16 +73,18 @@ def scale_box(instance, factor):
 
 
 def main(argv):
-    parser = Parser(description=__doc__.splitlines()[0], epilog="Other options: those of evaluate.py.")
+    parser = Parser(description=__doc__.splitlines()[0],
+                    epilog="Before these: the checkpoint; beside them: the options of evaluate.py.")
     add = parser.add_argument
-    add("checkpoint", help="what train.py wrote")
     add("--texts-as", nargs="+", choices=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)}; by default all")
     add("--box-scale", nargs="+", type=float, default=[], metavar="X", help="sides of the box times this")
     add("--seed", type=natural, default=0, metavar="N", help="of the changes")
     own, others = parser.parse_known_args(argv)
     if min(own.box_scale, default=1) <= 0:
         parser.error("--box-scale: a factor must be above 0")
-    args = evaluate.parse_arguments([own.checkpoint, *others])
+    args = evaluate.parse_arguments(others)
+    if args.score or args.out:
+        parser.error("--score and --out are for evaluate.py; here --report takes all reports")
     checkpoint = read_trained(args.checkpoint)
     trained, categories = checkpoint["args"], choose_texts(args, checkpoint)
     data, split = args.data or trained["data"], args.split or trained["split"]

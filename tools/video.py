@@ -104,7 +104,10 @@ def annotate(film, category, args, locator):
     part = target.with_name(f"{target.stem}.part.mp4")
     writer = start(film.path, "ffmpeg", "-y", "-f", "image2pipe", "-framerate", film.rate, "-c:v", "ppm",
                    "-i", "-", "-pix_fmt", "yuv420p", f"file:{part}", stdin=PIPE)
-    text = open(args.out / "keypoints.csv", "w", newline="", encoding="utf-8-sig")
+    try:
+        text = open(args.out / "keypoints.csv", "w", newline="", encoding="utf-8-sig")
+    except OSError as e:
+        raise InputError(f"{args.out}/keypoints.csv: cannot be written ({e})") from e
     bar = tqdm(total=film.n_frames or None, unit=" frames", dynamic_ncols=True)
     try:
         with text, writer as process, bar:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from common import make_folder
 from data import Instance
 
 # -------------------------------------------------------------------------------------- parts and colours
@@ -358,7 +359,7 @@ def draw_toy(out, seed, subsets=SUBSETS):
     """Writes OUT/data in MP-100's files and folders, and OUT/descriptions.json."""
     root = out / "data"
     shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
+    make_folder(root)
     (root / "toy").touch()  # marks the folder as one that may be replaced
     kinds = [(subset, n_photos) for subset, (n, n_photos) in subsets.items() for _ in range(n)]
     with Pool(os.cpu_count()) as pool:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from chat import IGNORE, Category, Scene
+from common import run
 from data import Crop, crop_of, normalize
 from decode import load_trained, locate
 from llama import rotate
@@ -212,16 +213,17 @@ def draw_attention(model, chat, side=300):
     return sheet
 
 
-def main():
+def main(argv):
     model, chat, _ = load_trained(TOY / "ckpt.pt", "cpu", TOY / "llm", TOY / "vit")
     FIGURES.mkdir(exist_ok=True)
-    for name, figure in (("descriptions", draw_descriptions(model, chat)), ("words", draw_words(model, chat)),
-                         ("crop", draw_crop()), ("sequence", draw_sequence(chat)),
-                         ("distribution", draw_distribution(model, chat)),
-                         ("attention", draw_attention(model, chat)), ("portrait", draw_portrait())):
-        figure.quantize(256).save(FIGURES / f"{name}.png", optimize=True)  # a third of the bytes
+    both = model, chat
+    for name, draw, *args in (
+            ("descriptions", draw_descriptions, *both), ("words", draw_words, *both), ("crop", draw_crop),
+            ("sequence", draw_sequence, chat), ("distribution", draw_distribution, *both),
+            ("attention", draw_attention, *both), ("portrait", draw_portrait)):
+        draw(*args).quantize(256).save(FIGURES / f"{name}.png", optimize=True)  # a third of the bytes
         print(f"assets/figures/{name}.png")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common import run, write_json
+from common import Parser, make_folder, run, write_json
 from toyworld.creatures import COLOURS
 
 TEXTS = {"spout": "the far end of the horn that is green", "lid knob": "the red spot on the tip of the body",
@@ -49,8 +49,10 @@ def draw_teapot(rng):
 
 
 def main(argv):
-    folder, rng = Path(argv[0] if argv else "teapots"), np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default="teapots", help="where they go")
+    folder, rng = parser.parse_args(argv).folder, np.random.default_rng(0)
+    make_folder(folder)
     names = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh"]
     images, annotations = [], []
     for number, name in enumerate(names, 1):
