@@ -78,12 +78,9 @@ class Photos(torch.utils.data.Dataset):
 
 
 def make_batches(instances, most):
-    """-> lists of indices of instances with at most `most` keypoints together; one with more is alone.
-
-    The heaviest come first, so that a batch too large for the memory shows at once.
-    """
+    """-> lists of indices of instances with at most `most` keypoints together; one with more is alone."""
     counts, batches, free = [len(instance.keypoints) for instance in instances], [], 0
-    for i in sorted(range(len(counts)), key=lambda i: -counts[i]):
+    for i in sorted(range(len(counts)), key=lambda i: -counts[i]):  # first what may be too large for a GPU
         if counts[i] > free:
             batches.append([])
             free = most
@@ -168,17 +165,16 @@ def main(argv):
         facts |= others
     else:
         kept, out = keep_readable(instances, folder, categories, args.allow_missing), choose_folder(args)
-        facts["without photo"] = len(instances) - len(kept)
-        instances = kept
-        points, confidences = ask_checkpoint(args, checkpoint, instances, categories, folder)
+        facts["without photo"], instances = len(instances) - len(kept), kept
+        points, confidences = load_asker(args, checkpoint)(instances, categories, folder)
         facts["malformed"] = sum(point is None for of_photo in points for point in of_photo)
     if is_first():
         report = make_report(instances, points, categories, annotations, args.protocol, **facts)
         write_results(args.report, out, report, instances, points, confidences, categories, folder)
 
 
-def ask_checkpoint(args, checkpoint, instances, categories, folder):
-    """ask() of a checkpoint's network."""
+def load_asker(args, checkpoint):
+    """Loads a checkpoint's network -> ask() of it as a function of instances, categories, photos' folder."""
     from paper import choose_locate
     process = start_processes()
     model, chat, _ = load_trained(args.checkpoint, process.device, args.llm, args.vit, args.dtype, checkpoint)
@@ -187,10 +183,14 @@ def ask_checkpoint(args, checkpoint, instances, categories, folder):
     if args.cumulative:
         from paper.iccv import encode_in_turns
         encode = partial(encode_in_turns, chat)
-    questions = {c: encode(categories[c]) for c in {o.category_id for o in instances}}
     way = choose_locate(trained, locate, args.cumulative)
-    return ask(model, chat, Photos(instances, folder, trained.image_size), questions, process,
-               partial(way, decode=args.decode, constrained=args.constrained), args.batch, args.workers)
+    way = partial(way, decode=args.decode, constrained=args.constrained)
+
+    def asker(instances, categories, folder):
+        questions = {c: encode(categories[c]) for c in {o.category_id for o in instances}}
+        photos = Photos(instances, folder, trained.image_size)
+        return ask(model, chat, photos, questions, process, way, args.batch, args.workers)
+    return asker
 
 
 if __name__ == "__main__":

@@ -90,17 +90,19 @@ def print_table(out, others):
         _, points, _ = read_predictions(folder / "predictions.json", unseen, allow_missing=False)
         return points
 
+    misled = read(out / "other_text")
     rows = {
         "CapeLLM": (unseen, read(out)),
         "CapeLLM, median of the distributions": (unseen, read(out / "median")),
-        "asked with another keypoint's description": (unseen, asked := read(out / "other_text")),
-        "the same answers, scored on that other keypoint": ([score_on_others(o) for o in unseen], asked),
+        "asked with another keypoint's description": (unseen, misled),
+        "the same answers, scored on that other keypoint": ([score_on_others(o) for o in unseen], misled),
         "mean place of keypoints of that name": (unseen, [guess(o) for o in unseen])}
     print(f"\n{'toy categories never seen, % of keypoints found':50}"
           f"{'PCK@0.05':>10}{'PCK@0.1':>10}{'PCK@0.2':>10}{'mPCK':>10}")
     for name, (instances, points) in rows.items():
-        pck = 100 * evaluate.pck_of_queries(instances, points).mean(0)
-        print(f"{name:50}{pck[0]:10.1f}{pck[1]:10.1f}{pck[3]:10.1f}{pck.mean():10.1f}")
+        pck = dict(zip(evaluate.THRESHOLDS, 100 * evaluate.pck_of_queries(instances, points).mean(0)))
+        shown = pck[0.05], pck[0.1], pck[0.2], sum(pck.values()) / len(pck)
+        print(f"{name:50}{''.join(f'{x:10.1f}' for x in shown)}")
 
 
 # ----------------------------------------------------------------------------------------------- program

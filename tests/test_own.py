@@ -277,6 +277,7 @@ def test_wrong_arguments_and_descriptions_are_one_line(tmp_path, texts, wrong, s
 
 def test_texts_beside_the_annotations_are_none_however_they_are_spelled(tmp_path):
     draw_teapots([f"{tmp_path}/in"])
+    (tmp_path / "in/train.json").rename(tmp_path / "in/teapots.json")
     own.main(command_line(tmp_path / "in", "--descriptions", f"{tmp_path}/in/../in/texts.json",
                           "--out", tmp_path / "out"))
     assert len(instances(tmp_path / "out")) == 6

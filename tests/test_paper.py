@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, MadeUpChat, network_arguments, runs
-from mp100 import make_wagons_and_kites
+from mp100 import CATEGORIES, make_wagons_and_kites
 from programs import command_line, read_checkpoint, read_results, refused, to_train
 
 import decode
@@ -394,6 +394,17 @@ def joined(tokens):
     return f" {' '.join(map(str, tokens))} "
 
 
+@pytest.mark.parametrize("instruction, answer, cumulative", [
+    ("description", "text", False), ("list", "text", True), ("step", "text", False),
+    ("description", "token", False), ("description", "token", True)])
+def test_who_asks(instruction, answer, cumulative):
+    way = paper.choose_locate(Namespace(instruction=instruction, answer=answer), decode.locate, cumulative)
+    if (instruction, answer, cumulative) == ("description", "text", False):
+        assert way is decode.locate
+    else:
+        assert way.func is locate_in_turns and way.keywords == {"cumulative": cumulative}
+
+
 # test_dtype.py trains and evaluates more, Hiera (Table 4) among them
 VARIANTS = [how.split() for how in (
     "--instruction list", "--instruction diverse-outline", "--answer token --instruction step",
@@ -431,6 +442,12 @@ def test_every_variant_trains_and_then_asks_in_the_way_it_was_trained(arguments,
 
     report, predictions = read_results(tmp_path / "run")
     assert report["objects"] == 6
+    if "list" in how:  # its text stands before the first question of a conversation
+        asked.clear()
+        evaluate.main(command_line(tmp_path / "run/ckpt.pt", "--cumulative"))
+        in_turns = [encode_in_turns(chat, category) for category in CATEGORIES.values()]
+        assert asked and all(of_photo in in_turns for *_, of_photos, _ in asked for of_photo in of_photos)
+        assert {asked[0][0].keywords["cumulative"], read_results(tmp_path / "run")[0]["cumulative"]} == {True}
     if "token" in how:
         assert report["malformed"] == 0
         assert all(p["confidence"] == [None] * len(p["keypoints"]) for p in predictions)

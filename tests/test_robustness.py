@@ -113,12 +113,12 @@ def test_a_scaled_box_scales_the_crop_about_its_centre():
 
 def test_what_is_scored_keeps_the_annotated_box(tmp_path, monkeypatch):
     """Answers that are off by 0.22 of the box's longer side would be hits in a box of 1.2 times its size."""
-    def answer(args, checkpoint, asked, categories, images):
+    def answer(asked, categories, images):
         true = read_instances(annotation_file(data, 1, "test"), CATEGORIES)
         sides.append({round(crop_of(o).side / max(t.box[2:]), 3) for o, t in zip(asked, true)})
         return [[(x + 0.22 * max(o.box[2:]), y) for x, y in o.keypoints] for o in true], None
     data, sides = make_wagons_and_kites(tmp_path / "data"), []
-    monkeypatch.setattr(evaluate, "ask_checkpoint", answer)
+    monkeypatch.setattr(evaluate, "load_asker", lambda *_: answer)
     command = [ROOT / "assets/toy/ckpt.pt", "--data", data, "--report", tmp_path / "r", "--box-scale"]
     texts.main(command_line(*command, 1.2, 0.8))
     rows = {name: (report["PCK@0.2"], report["mPCK"]) for name, report in read_json(tmp_path / "r").items()}

@@ -95,9 +95,9 @@ def main(argv):
     rows |= {kind: (change_texts(categories, kind, own.seed), instances) for kind in kinds}
     rows |= {f"box x {factor:g}": (categories, [scale_box(o, factor) for o in instances])
              for factor in own.box_scale}
-    reports = {}
+    reports, asker = {}, evaluate.load_asker(args, checkpoint)
     for name, (texts, asked) in rows.items():
-        points, _ = evaluate.ask_checkpoint(args, checkpoint, asked, texts, images)
+        points, _ = asker(asked, texts, images)
         reports[name] = make_report(instances, points, categories, annotations, args.protocol)
     if is_first():
         print_table(reports, {name: texts[instances[0].category_id] for name, (texts, _) in rows.items()})
