@@ -282,6 +282,9 @@ def test_films_that_cannot_be_read_are_one_line(ffmpeg, tmp_path, monkeypatch):
                        ("lies outside the photo, which is 60 x 41", [*out, "--box", "90,0,9,9"]),
                        ("would take the place", ["--out", tmp_path])):
         assert says in refused(predict, [TOY, film, *TIP, *more])
+    (tmp_path / "taken/keypoints.csv").mkdir(parents=True)
+    line = refused(predict, [TOY, film, *TIP, "--out", tmp_path / "taken"])
+    assert "taken/keypoints.csv: cannot be written" in line
     (tmp_path / "broken.mp4").write_bytes(b"no film")
     line = refused(predict, [TOY, tmp_path / "broken.mp4", *TIP, *out])
     assert line == f"error: {tmp_path}/broken.mp4: ffmpeg failed: moov atom not found"
