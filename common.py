@@ -40,6 +40,7 @@ def reading(path, advice=""):
         if isinstance(e, FileNotFoundError) and e.filename:
             raise InputError(f"{e.filename}: no such file{advice and '; ' + advice}") from e
         cause = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        cause = cause.partition(" In PyTorch 2.6")[0]  # torch.load()'s advice to trust the file is a bad one
         raise InputError(f"{path}: cannot be read ({cause}){advice and '; ' + advice}") from e
 
 

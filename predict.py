@@ -159,6 +159,8 @@ def parse_arguments(argv):
             parser.error("give a photo or a folder of photos")
         if args.keypoint and args.keypoints or not (args.keypoint or args.keypoints or args.boxes):
             parser.error('say what to find: -k "name: where it is", or --keypoints SET')
+    if args.format != "plain" and not args.out:
+        parser.error("--format needs --out DIR, where its files go")
     if args.box and (args.boxes or len(args.photos) > 1):
         parser.error("--box is for one photo; --boxes takes a COCO file for many")
     return args

@@ -126,8 +126,10 @@ def main(argv):
         return compare_variants(args.out or Path("runs/variants"), NETWORK + RECIPE)
 
     out, times = args.out or Path("runs/toy"), [time.perf_counter()]
-    if (out / "data").exists() and not (out / "data/toy").exists():
-        raise InputError(f"{out}/data: not a toy MP-100, and would be replaced by one; choose another --out")
+    if not (out / "data/toy").exists():
+        for name in "data", "descriptions.json", "ckpt.pt":
+            if (out / name).exists():
+                raise InputError(f"{out}/{name}: not the toy's, and would be replaced; choose another --out")
     draw_toy(out, args.seed)
     times.append(time.perf_counter())
     (out / "ckpt.pt").unlink(missing_ok=True)

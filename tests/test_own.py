@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -507,6 +508,49 @@ def test_yolos_points_without_visibility_and_names(tmp_path, capsys):
     assert one["category"]["name"] == "rat" and [*one["points"]] == ["point 1", "point 2"]
     (tmp_path / "train/labels/a.txt").write_text("0 0.5 0.5 0.9 0.9\n")
     assert "a.txt: a line has 5 numbers" in refused(own, [tmp_path, "--out", tmp_path / "x"])
+
+
+def test_yolos_folders_and_what_lies_in_them(tmp_path, capsys):
+    """Two folders of a subset, one that is not there, and caches and other tools' labels beside photos."""
+    write_yolo(tmp_path)
+    for folder in "images", "labels":
+        shutil.copytree(tmp_path / "train" / folder, tmp_path / "more" / folder)
+    for name in "a.json", "a.npy", "a.JSON":
+        (tmp_path / "train/images" / name).write_text("no photo")
+    yaml = (tmp_path / "data.yaml").read_text()
+    (tmp_path / "data.yaml").write_text(yaml.replace("../train/images", "[train/images, more/images]"))
+    said = convert(capsys, tmp_path, "--out", tmp_path / "data")
+    absent = f"{tmp_path}/data.yaml: val: ../valid/images is not a folder of photos that is here; left out"
+    assert said[:2] == [absent, "train: 2 photos, 2 objects (mouse 2)"]
+    (tmp_path / "train/labels/a.txt").write_text("2" + (tmp_path / "train/labels/a.txt").read_text()[1:])
+    assert "a.txt: class 2, where data.yaml names 2" in refused(own, [tmp_path, "--out", tmp_path / "x"])
+    (tmp_path / "data.yaml").write_text(yaml.replace("../train/images", "train.txt"))
+    assert "--images says where they are" in refused(own, [tmp_path, "--out", tmp_path / "x"])
+
+
+def test_a_group_of_labelme_with_outlines_of_two_kinds_is_left_out(tmp_path, capsys):
+    raw = read_json(write_labelme(tmp_path))
+    raw["shapes"].append({"label": "dog", "points": [[50, 10], [90, 70]], "shape_type": "rectangle",
+                          "group_id": raw["shapes"][0]["group_id"]})
+    write_json(tmp_path / "labels.json", raw)
+    line = refused(own, [tmp_path / "labels.json", "--out", tmp_path / "data"])
+    assert "groups with outlines of several kinds, left out (each object needs a group_id)" in line
+
+
+def test_a_photo_that_turns_out_to_be_upright_is_copied_in_place_of_its_link(tmp_path, capsys):
+    file = write_coco(tmp_path / "in", 6)
+    raw = read_json(file)
+    size = {key: raw["images"][0].pop(key) for key in ("width", "height")}
+    write_json(file, raw)
+    convert(capsys, file, "--out", tmp_path / "data")
+    before = (tmp_path / "in/a.jpg").read_bytes()
+    raw["images"][0] |= size
+    write_json(file, raw)
+    convert(capsys, file, "--out", tmp_path / "data")
+    [one] = layout(tmp_path / "data")
+    with Image.open(tmp_path / "data/images" / one["photo"]["file_name"]) as photo:
+        assert photo.size == (size["width"], size["height"]) and photo.getexif().get(0x0112, 1) not in UPRIGHT
+    assert (tmp_path / "in/a.jpg").read_bytes() == before
 
 
 def test_a_folder_with_train_valid_and_test(tmp_path, capsys):

@@ -334,7 +334,10 @@ def test_the_page_is_served_where_it_was_asked_for(folder, monkeypatch):
     ("nowhere.jpg -k tip:up", "nowhere.jpg: no such photo"), ("EMPTY -k tip:up", "no photo in this folder"),
     ("FOLDER --boxes nowhere.json", "nowhere.json: no such"),
     ("FOLDER FOLDER -k tip:up --box=1,1,9,9", "--box is for one"),
-    ("FOLDER FOLDER -k tip:up --boxes a.json", "the one folder")])
+    ("FOLDER FOLDER -k tip:up --boxes a.json", "the one folder"),
+    ("PHOTO -k tip:up --boxes a.json", "the one folder"),
+    ("nowhere -k tip:up --boxes a.json", "the one folder"),
+    ("PHOTO -k tip:up --format coco", "--format needs --out"), (300 * "x" + " -k tip:up", "no such photo")])
 def test_a_users_slips_are_one_clear_line(folder, photo, tmp_path, arguments, message):
     paths = {"PHOTO": photo, "FOLDER": photo.parent, "EMPTY": tmp_path}
     assert message in refused(predict, [folder / "ckpt.pt", *(paths.get(a, a) for a in arguments.split())])

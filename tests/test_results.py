@@ -172,8 +172,17 @@ def test_photos_and_their_labels_are_not_overwritten(answered, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for out in tmp_path, ".":
         line = refused(predict, [TOY, tmp_path / "a.png", *TIP, "--out", out, "--format", "labelme"])
-        assert "is the photos' own folder" in line
-    assert (tmp_path / "a.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+        assert "holds a.png, which could be overwritten" in line
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/b.png").symlink_to(tmp_path / "a.png")
+    assert "holds a.png" in refused(predict, [TOY, tmp_path / "links/b.png", *TIP, "--out", tmp_path])
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words/keypoints.json").write_text('{"tip": "the sharp end"}')
+    words = ["--keypoints", "words/keypoints.json", "--out"]
+    assert "holds keypoints.json" in refused(predict, [TOY, tmp_path / "a.png", *words, "words"])
+    predict.main(command_line(TOY, tmp_path / "a.png", *words, "elsewhere"))
+    assert (tmp_path / "a.png").read_bytes() == before and (tmp_path / "elsewhere/a.png").exists()
+    assert len([*(tmp_path / "words").iterdir()]) == 1
 
 
 def test_a_detectors_list_goes_by_the_numbers_of_photos(tmp_path, answered, capsys):
@@ -280,7 +289,7 @@ def test_films_that_cannot_be_read_are_one_line(ffmpeg, tmp_path, monkeypatch):
     film, out = write_film(tmp_path / "walk.mp4"), ["--out", tmp_path / "out"]
     for says, more in (("give it alone", [film, *out]), ("needs --out", []),
                        ("lies outside the photo, which is 60 x 41", [*out, "--box", "90,0,9,9"]),
-                       ("would take the place", ["--out", tmp_path])):
+                       ("holds walk.mp4, which could", ["--out", tmp_path])):
         assert says in refused(predict, [TOY, film, *TIP, *more])
     (tmp_path / "taken/keypoints.csv").mkdir(parents=True)
     line = refused(predict, [TOY, film, *TIP, "--out", tmp_path / "taken"])

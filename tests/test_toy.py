@@ -92,9 +92,16 @@ def test_the_same_seed_draws_the_same_world(folder, tmp_path):
 
 def test_data_that_is_no_toys_is_not_replaced(tmp_path):
     (tmp_path / "data/mp100").mkdir(parents=True)
-    with pytest.raises(InputError, match="data: not a toy MP-100"):
+    with pytest.raises(InputError, match="data: not the toy's"):
         toy.main(["--out", str(tmp_path)])
     assert (tmp_path / "data/mp100").exists() and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "run").mkdir()
+    for name in "descriptions.json", "ckpt.pt":
+        (tmp_path / "run" / name).write_text("precious")
+        with pytest.raises(InputError, match=f"run/{name}: not the toy's"):
+            toy.main(["--out", str(tmp_path / "run")])
+        (tmp_path / "run" / name).rename(tmp_path / name)
+    assert (tmp_path / "ckpt.pt").read_text() == "precious"
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/data: cannot be made"):
         toy.main(["--out", str(tmp_path / "file")])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from common import InputError, read_json, reading
+from common import InputError, printable, read_json, reading, say
 
 MAX_PIXELS = 10**5  # no point is farther away
 MAX_FRACTION = 10  # nor as a fraction of its photo
@@ -254,6 +254,9 @@ def read_labelme(path, raw, category, notes):
         if len(set(map(plain, names))) < len(names):
             notes.add("groups with two points of one name, left out (each object needs a group_id)", where)
             continue
+        if len({str(shape["label"]) for shape in outlines}) > 1:
+            notes.add("groups with outlines of several kinds, left out (each object needs a group_id)", where)
+            continue
         box = None
         if len(outlines) == 1:
             xs, ys = zip(*((float(x), float(y)) for x, y in outlines[0]["points"]))
@@ -327,17 +330,20 @@ def read_settings(path):
 
 
 def find_yolo_photos(path):
-    """data.yaml -> {subset: folder of its photos}."""
-    settings, folders = read_settings(path), {}
+    """data.yaml -> (subset, folder of photos) for each folder that it names. Says which are not there."""
+    settings, folders = read_settings(path), []
     for subset in "train", "val", "test":
-        for folder in settings.get(subset, [])[:1]:
+        for folder in settings.get(subset, []):
             # Paths are relative to `path`, which is often another machine's; Roboflow's have ../ too many.
             places = [Path(path.parent, *settings.get("path", [])[:1], folder), path.parent / folder,
                       path.parent / folder.lstrip("./")]
             if found := next((place for place in places if place.is_dir()), None):
-                folders[subset] = found
+                folders.append((subset, found))
             elif subset == "train":
-                raise InputError(f"{path}: {subset}: {folder} is not a folder of photos that is here")
+                raise InputError(f"{path}: {subset}: {folder} is not a folder of photos that is here; "
+                                 "--images says where they are")
+            else:
+                say(printable(f"{path}: {subset}: {folder} is not a folder of photos that is here; left out"))
     return folders
 
 
@@ -358,7 +364,8 @@ def read_yolo(path, images, notes):
     photos = []
     for file in sorted(Path(images).rglob("*")):
         name = file.relative_to(images)
-        if file.suffix != ".txt" and (text := texts.pop(name.with_suffix(""), None)):
+        is_photo = file.suffix.lower() not in (".txt", ".npy", ".json", ".xml")  # caches and others' labels
+        if is_photo and (text := texts.pop(name.with_suffix(""), None)):
             with reading(text):
                 objects = read_lines(text, categories, K, D, notes)
             photos.append(Photo(path, name.as_posix(), FRACTIONS, objects))
@@ -377,6 +384,8 @@ def read_lines(path, categories, K, D, notes):
                              f"keypoints, as kpt_shape says, are {5 + K * D}")
         if numbers:
             kind, x, y, w, h, *rest = numbers
+            if kind not in kinds:
+                raise InputError(f"{path}: class {kind:g}, where data.yaml names {len(kinds)}, from 0 on")
             category, (names, _) = kinds[kind]
             points = {name: read_point(*rest[k * D:k * D + D], most=MAX_FRACTION)
                       for k, name in enumerate(names)}

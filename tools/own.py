@@ -127,7 +127,7 @@ def find_files(args):
             found = find_in_folder(path, args) if path.is_dir() else [(args.subset, path)]
             for subset, file in found:
                 is_yolo = file.suffix.lower() in (".yaml", ".yml") and not args.images
-                for of, images in find_yolo_photos(file).items() if is_yolo else [(subset, args.images)]:
+                for of, images in find_yolo_photos(file) if is_yolo else [(subset, args.images)]:
                     groups.setdefault((of, images), []).append(file)
     return [(subset, files, images) for (subset, images), files in groups.items()]
 
@@ -324,13 +324,16 @@ def place_photo(photo, folder, subset, files):
     target = folder / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not (target.exists() and target.samefile(photo.path)):
+        if photo.is_turned:
+            if photo.path.absolute() == target.absolute():
+                raise InputError(f"{target}: would be replaced by an upright copy; choose another --out")
+            with Image.open(photo.path) as image:
+                upright = ImageOps.exif_transpose(image)
+            target.unlink(missing_ok=True)  # it may be a link to the photo
+            upright.save(target, quality=95)
+        elif not (target.exists() and target.samefile(photo.path)):
             target.unlink(missing_ok=True)
-            if photo.is_turned:
-                with Image.open(photo.path) as image:
-                    ImageOps.exif_transpose(image).save(target, quality=95)
-            else:
-                link(photo.path, target)
+            link(photo.path, target)
     except OSError as e:
         raise InputError(f"{target}: cannot be written ({e})") from None
     return name.as_posix()

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 import sys
 from contextlib import suppress
@@ -42,7 +43,7 @@ class Job:
 def open_photo(photo):
     """What a Locator takes for a photo -> RGB image, upright: turned as its EXIF data ask."""
     is_path = isinstance(photo, (str, Path))
-    if is_path and not Path(photo).is_file():
+    if is_path and not os.path.isfile(photo):  # False also for a name that is too long for one
         raise InputError(f"{photo}: no such photo")
     is_heic = is_path and Path(photo).suffix.lower() in (".heic", ".heif")
     advice = "save it as JPEG or PNG" + ", or pip install pillow-heif" * is_heic
@@ -89,7 +90,7 @@ def find_jobs(args, category, find_set, trained):
 
     trained: the descriptions of the checkpoint. A single photo and its box are tried.
     """
-    if args.boxes and len(args.photos) != 1:
+    if args.boxes and not (len(args.photos) == 1 and args.photos[0].is_dir()):
         raise InputError("--boxes: give the one folder in which its photos are")
     if args.boxes:
         find_set = (lambda _: category) if category else find_set
@@ -107,9 +108,9 @@ def find_photos(paths, out=None):
     """Photos, patterns and folders -> photos. In folders, pictures that are in `out` or hidden are none."""
     photos = []
     for path in paths:
-        matches = [] if path.exists() else sorted(map(Path, glob(str(path), recursive=True)))
+        matches = [] if os.path.exists(path) else sorted(map(Path, glob(str(path), recursive=True)))
         for match in matches or [path]:
-            photos += search(match, out) if match.is_dir() else [match]
+            photos += search(match, out) if os.path.isdir(match) else [match]
     return list(dict.fromkeys(photos))
 
 

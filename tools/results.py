@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +33,12 @@ class Result(NamedTuple):
 def locate_jobs(jobs, args, load):
     """Asks about all Jobs and gives out what args, predict.py's, ask for. load: makes the Locator."""
     if args.out:
-        if any(job.path.parent.resolve() == args.out.resolve() for job in jobs):
-            raise InputError(f"--out {args.out}: is the photos' own folder, where they could be overwritten; "
-                             "name another")
+        files = [file for job in jobs for file in (job.path.absolute(), job.path.resolve())]  # links, too
+        read = [Path(file).absolute() for file in (args.boxes, args.keypoints, args.descriptions) if file]
+        files += [file for file in read if file.name == "keypoints.json"]
+        if own := [file for file in files if file.parent.resolve() == args.out.resolve()]:
+            raise InputError(f"--out {args.out}: holds {own[0].name}, which could be overwritten; name "
+                             "another")
         make_folder(args.out)
     locator, results, taken, n_failed = load(), [], set(), 0
     bar = tqdm(total=len(jobs), disable=len(jobs) == 1, dynamic_ncols=True)

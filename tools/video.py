@@ -43,9 +43,9 @@ def open_film(args):
                          "the frames as photos")
     if not args.out or args.format != "plain":
         raise InputError(f"{path}: a film needs --out DIR; --format is for photos")
+    if args.out.resolve() in (path.absolute().parent.resolve(), path.resolve().parent):
+        raise InputError(f"--out {args.out}: holds {path.name}, which could be overwritten; name another")
     make_folder(args.out)
-    if path.resolve() == name_film(args.out, path).resolve():
-        raise InputError(f"--out {args.out}: the annotated film would take the place of {path}")
     wanted = "stream=avg_frame_rate,nb_frames:format=duration"
     with reading(path), start(path, "ffprobe", "-select_streams", "v:0", "-show_entries", wanted,
                               "-of", "json", f"file:{path}", stdout=PIPE) as probe:
