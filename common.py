@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import active_children
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ def reading(path, advice=""):
     """The guard where a stranger's file is opened: what goes wrong inside becomes one line that names it."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # a damaged file can raise nearly anything
         if isinstance(e, FileNotFoundError) and e.filename:
@@ -105,7 +106,8 @@ def explain(error):
     """An error of torch or of the system that is no defect of the program -> one line, else None."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{text.split('. ')[0]}; a smaller --micro-batch needs less, in evaluation --batch"
+        return (f"{text.split('. ')[0]}; --checkpoint-activations or a smaller --micro-batch needs less, in "
+                "evaluation --batch")
     if text.startswith("DataLoader ") or isinstance(error, ConnectionError):
         return f"lost another process ({text}): killed for want of memory? --workers 0 needs no others"
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
@@ -118,7 +120,7 @@ def fail(line):
     sys.stdout.flush()
     if is_first():
         print(f"error: {line}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
+    if dist.is_initialized() or active_children():
         os._exit(2)  # without waiting for the other processes
     sys.exit(2)
 

@@ -158,7 +158,7 @@ def main(argv):
     instances = read_instances(annotations, categories)
     if shortfall := describe_shortfall(annotations):
         say(shortfall)
-    facts = {"split": split, "subset": args.subset} | ({"cumulative": True} if args.cumulative else {})
+    facts = {"split": split, "subset": args.subset}
     if args.score:
         out = confidences = None
         instances, points, others = read_predictions(args.score, instances, args.allow_missing)
@@ -166,6 +166,7 @@ def main(argv):
     else:
         kept, out = keep_readable(instances, folder, categories, args.allow_missing), choose_folder(args)
         facts["without photo"], instances = len(instances) - len(kept), kept
+        facts["decode"] = args.decode + " cumulative" * args.cumulative + " constrained" * args.constrained
         points, confidences = load_asker(args, checkpoint)(instances, categories, folder)
         facts["malformed"] = sum(point is None for of_photo in points for point in of_photo)
     if is_first():

@@ -56,8 +56,7 @@ class CapeLLM(nn.Module):
             read from                    256    257     258    259
         """
         if photo_of is None:
-            x = self.embed(images, tokens)
-            hidden = self.llama(x)[:, -tokens.shape[1]:-1]  # (B, T - 1, D) (equation 4)
+            hidden = self.llama(self.embed(images, tokens))[:, -tokens.shape[1]:-1]  # (B, T - 1, D) (eq. 4)
         else:
             hidden = self.read_after_photos(images, tokens, photo_of)[:, :-1]
         # Nine positions in ten are photo and questions, and each row of logits is a product with the whole

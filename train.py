@@ -64,7 +64,7 @@ def make_parser():
     add("--out", metavar="DIR", help="of the run, by default runs/splitN or runs/ and --data's name")
     add("--fresh", action="store_true", help="start anew where there is a run, which is overwritten")
     add("--init", metavar="CKPT", help="start from a checkpoint, and with its --llm, --vit and --image-size")
-    add("--init-projection", metavar="CKPT", help="likewise, but from its projection alone: Table 9")
+    add("--init-projection", metavar="CKPT", help="start from the projection alone of a checkpoint: Table 9")
     add = parser.add_argument_group("running").add_argument
     add("--check", action="store_true", help="look whether data, weights and disk will do, and end")
     add("--pack", action="store_true", help="all conversations about an object share its photo's keys and "
@@ -212,7 +212,7 @@ def fit(args, process, model, optimizer, batches, steps, descriptions, validatio
             if rank == 0:
                 is_due = done % args.save_every == 0 or is_last or n_signals
                 names = [name for name, wanted in (("best.pt", is_best), ("ckpt.pt", is_due)) if wanted]
-                record(args, line, names, model, optimizer, descriptions=descriptions, best=best)
+                record(args, line, names, model, optimizer, descriptions, best, steps.stop)
             if n_signals and not is_last:
                 return done, caught[0] if caught else signal.SIGTERM
     return steps.stop, 0
@@ -249,10 +249,11 @@ def main(argv):
     categories = data.parse_descriptions(descriptions, args.descriptions)
     instances = data.read_instances(data.annotation_file(args.data, args.split, "train"), categories)
     instances = keep_readable(instances, Path(args.data, "images"), categories, args.allow_missing)
-    checkpoint = find_run(args, descriptions)
     rounds = 4 if args.rounds == "dynamic" else args.rounds  # dynamic groups are counted as fours
     n_examples = sum(1 if args.pack else math.ceil(len(o.keypoints) / rounds) for o in instances)
-    steps = range(checkpoint["step"] if checkpoint else 0, args.epochs * math.ceil(n_examples / args.batch))
+    n_steps = args.epochs * math.ceil(n_examples / args.batch)
+    checkpoint = find_run(args, descriptions, n_steps)
+    steps = range(checkpoint["step"] if checkpoint else 0, n_steps)
     if not steps:
         return say(f"finished already, after {steps.start} steps: {args.out}/ckpt.pt; --fresh starts anew")
     accumulation = args.batch // (args.micro_batch * process.world)
@@ -262,10 +263,10 @@ def main(argv):
 
     model, chat, optimizer = load(args, process.device, checkpoint)
     best = checkpoint.get("best", -1) if checkpoint else -1
+    validation = Validation(args, chat, categories, process) if args.validate else None
     if process.rank == 0 and not checkpoint:
         begin(args.out)
     del checkpoint  # of a full fine-tuning it is several GB
-    validation = Validation(args, chat, categories, process) if args.validate else None
     batches = load_batches(instances, categories, chat, args, steps, process)
     done, signum = fit(args, process, model, optimizer, batches, steps, descriptions, validation, best)
     if signum:

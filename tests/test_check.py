@@ -42,12 +42,19 @@ def checked(command, capsys):
     return make
 
 
-def test_all_is_well_and_nothing_is_written(checked, command, tmp_path, capsys):
+def test_all_is_well_and_nothing_is_written(checked, command, tmp_path, capsys, monkeypatch):
     well, said = checked()
     assert well and said.count(": 6 objects of 2 categories") == 2 and "val.json: absent" in said
     assert "\n6 photos, all there and whole" in said and not (tmp_path / "out").exists()
     check.main(command())
     assert capsys.readouterr().out == said  # python -m tools.check
+    monkeypatch.setenv("RANK", "1")
+    check.main(command())
+    assert not capsys.readouterr().out
+    monkeypatch.delenv("RANK")
+    for wrong, says in ("--batch 6 --micro-batch 4", "not a multiple"), ("--instruction x", "x: no such"):
+        well, wrongly = checked(*wrong.split())
+        assert not well and says in wrongly
     well, said = checked("--validate", 5)
     assert not well and "val.json: no such file" in said
     test = tmp_path / "data/annotations/mp100_split1_test.json"

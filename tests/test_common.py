@@ -174,7 +174,7 @@ def test_whatever_goes_wrong_in_reading_is_one_line_that_names_the_file_and_keep
     with pytest.raises(InputError) as caught, reading("a.json"):
         raise own
     assert caught.value is own
-    for not_of_the_file in KeyboardInterrupt, SystemExit:
+    for not_of_the_file in KeyboardInterrupt, SystemExit, torch.OutOfMemoryError:
         with pytest.raises(not_of_the_file), reading("a.json"):
             raise not_of_the_file
 

@@ -7,6 +7,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from conftest import ROOT, make_chat, sentencepiece
 from mp100 import CATEGORIES, make_mp100
 from PIL import Image
-from programs import command_line, in_two_processes, read_results, refused, train_briefly
+from programs import SUBPROCESS, command_line, in_two_processes, read_results, refused, train_briefly
 
 import decode
 import evaluate
@@ -205,7 +207,8 @@ def test_report_and_picture_of_a_model_whose_answers_are_half_right(evaluated, d
     evaluate.main(command_line("--score", tmp_path / "out" / "predictions.json", "--data", data, "--report",
                                tmp_path / "scored.json"))
     scored = json.loads((tmp_path / "scored.json").read_text())
-    assert scored == {key: report[key] for key in report.keys() - {"malformed", "without photo"}}
+    assert scored == {key: report[key] for key in report.keys() - {"malformed", "without photo", "decode"}}
+    assert report["decode"] == "greedy constrained"
 
 
 def test_malformed_answers_are_misses_and_counted(evaluated, tmp_path, drawn, capsys):
@@ -232,6 +235,14 @@ def test_each_photo_is_asked_its_categorys_questions_and_has_its_answers(evaluat
     confidences = [[p.confidence for p in of_photo] for _, found in calls for of_photo in found]
     written = [p["confidence"] for p in wagons_then_kites]
     assert written == [[round(c, 2) for c in of_photo] for of_photo in confidences] != confidences
+
+
+def test_a_photo_that_breaks_off_ends_the_program_though_workers_wait(checkpoint, data):
+    """One of them would wait for a minute."""
+    truncate(data / "images/kite/3.jpg")
+    command = [sys.executable, "evaluate.py", checkpoint / "ckpt.pt", "--data", data, "--batch", "1"]
+    done = subprocess.run(command, capture_output=True, timeout=45, **SUBPROCESS)
+    assert done.returncode == 2 and "kite/3.jpg: cannot be read" in done.stderr.splitlines()[-1]
 
 
 def test_missing_and_truncated_photos_are_refused_or_left_out(evaluated, checkpoint, data, tmp_path):
@@ -312,6 +323,7 @@ def test_results_go_beside_a_checkpoint_but_not_among_the_files_of_the_repositor
     assert folder(ROOT / "assets/toy/ckpt.pt") == "runs/toy"
     assert folder(ROOT / "assets/toy/best.pt", "train") == "runs/toy/best/train"
     assert folder(ROOT / "assets/toy/ckpt.pt", "val", "here") == "here"
+    assert folder(ROOT / "tests/ckpt.pt") == str(ROOT / "tests")  # as of a run with --out in the repository
 
 
 # -------------------------------------------------------------------------------------------- what goes wrong

@@ -124,7 +124,8 @@ def test_what_is_scored_keeps_the_annotated_box(tmp_path, monkeypatch):
     rows = {name: (report["PCK@0.2"], report["mPCK"]) for name, report in read_json(tmp_path / "r").items()}
     assert sides == [{1.0}, {1.2}, {0.8}]
     assert rows == dict.fromkeys(["as they are", "box x 1.2", "box x 0.8"], (0, pytest.approx(0.2)))
-    assert "above 0" in refused(texts, [*command, 0])
+    for wrong in 0, "nan", "inf":
+        assert "above 0" in refused(texts, [*command, wrong])
     texts.main(command_line("--box-scale", 1.2, "--decode", "median", *command[:-1]))  # in any order
     assert [*read_json(tmp_path / "r")] == ["as they are", "box x 1.2"]
     assert "--report takes all reports" in refused(texts, [*command[:-1], "--out", tmp_path])

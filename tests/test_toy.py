@@ -279,7 +279,7 @@ def test_variants_are_trained_evaluated_and_go_on_where_they_were_stopped(out, c
         assert row[2:] == [report(out / "dynamic-0" / way, key) for way in ways for key in keys]
         for way in ways:
             facts = json.loads((out / "dynamic-0" / way / "report.json").read_text())
-            assert facts.get("cumulative", False) == way.startswith("cumulative")
+            assert facts["decode"].split() == way.split("-")[::-1]
 
 
 def test_a_cell_is_the_mean_of_the_seeds_and_its_spread(tmp_path):

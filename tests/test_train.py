@@ -274,6 +274,15 @@ def test_other_arguments_descriptions_or_damage_are_refused_and_nothing_is_touch
     descriptions.write_text(descriptions.read_text().replace("the roof of", "the top of"))
     assert f"{path} is of a run with other descriptions. Start" in refused(train, arguments("--epochs", 1))
     assert path.read_bytes() == good
+    descriptions.write_text(descriptions.read_text().replace("the top of", "the roof of"))
+    annotations = tmp_path / "data/annotations/mp100_split1_train.json"
+    contents = json.loads(annotations.read_text())
+    one = next(one for one in contents["annotations"] if one["category_id"] == 1)
+    contents["annotations"] += [one | {"id": 1000 + n} for n in range(4)]
+    annotations.write_text(json.dumps(contents))
+    assert re.search(f"{path} is of a run with 4 steps, not 7, on other data", refused(
+        train, arguments("--epochs", 1)))
+    assert path.read_bytes() == good
     for bad in good[:-1000], b"", b"text":
         path.write_bytes(bad)
         for program, argv in (train, arguments("--epochs", 1)), (evaluate, [path]):
@@ -287,15 +296,22 @@ def test_fresh_starts_anew_but_not_when_torchrun_restarts_it_nor_if_the_run_cann
     trained("--epochs", 1, "--validate", 4)
     before = (run / "ckpt.pt").read_bytes()
     other.write_bytes(b"none")
-    for start, reason in (run / "ckpt.pt", "--fresh would delete"), (other, "is it a checkpoint"):
+    for start, reason in (run / "ckpt.pt", "would delete"), (other, "is it a checkpoint"):
         assert reason in refused(train, arguments("--fresh", "--init", start))
         assert (run / "ckpt.pt").read_bytes() == before and len(read_log(run)) == 4
+    (tmp_path / "data/annotations/mp100_split1_val.json").unlink()
+    assert "val.json: no such file" in refused(train, arguments("--fresh", "--validate", 4))
+    assert (run / "ckpt.pt").read_bytes() == before
+    (run / "ckpt.pt").rename(tmp_path / "kept.pt")
+    assert "would delete" in refused(train, arguments("--init", run / "best.pt"))
+    (tmp_path / "kept.pt").rename(run / "ckpt.pt")
     assert trained("--seed", 1, "--fresh")["args"]["seed"] == 1
     assert len(column(run, "loss")) == 8 and not (run / "best.pt").exists()
     assert "finished already" not in capsys.readouterr().out
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main(arguments("--seed", 1, "--fresh"))
     assert "finished already" in capsys.readouterr().out
+    assert "failed before it began" in refused(train, arguments("--seed", 2, "--fresh"))
 
 
 # ------------------------------------------------------------------------------------------------- the recipe
@@ -421,7 +437,10 @@ WRONG = [
     ("--micro-batch 3", "--batch 4 is not a multiple of --micro-batch 3 x 1"),
     ("--llm nowhere", "nowhere: no such folder"), ("--split 6", "mp100_split6_train.json: no such file"),
     ("--init nowhere.pt", "nowhere.pt: no such file"), ("--init tests", "tests: cannot be read"),
-    ("--descriptions nowhere.json", "nowhere.json: no such file"), ("--image-size 57", "57 is not a"),
+    ("--descriptions nowhere.json", "nowhere.json: no such file"),
+    ("--image-size 57", "57 is not a multiple of the ViT's patches, 14"), (f"--seed {2**32}", "below 2**32"),
+    ("--init a.pt --init-projection b.pt", "a.pt: no such file"),
+    (f"--init {ROOT}/assets/toy/ckpt.pt --init-projection b.pt", "not both"),
     (f"--out {ROOT}/train.py/x", "train.py: cannot be written"),
     ("--instruction long", "long: no such instruction; there are description, name"),
     ("--pretrain direct --instruction name", "leave out --instruction"),

@@ -22,9 +22,10 @@ from tqdm import tqdm
 import llama
 import vit
 from chat import Chat
-from common import InputError, read_json, reading, run, say, write_whole
+from common import InputError, is_first, read_json, reading, run, say, write_whole
 from data import annotation_file, parse_descriptions, read_instances
 from model import CapeLLM, adapt
+from paper import choose_parts
 
 N_CATEGORIES = {"train": 70, "val": 10, "test": 20}  # of each of MP-100's splits (paper, section 4.1)
 N_TEST = 100  # objects of each category in a test file, as MP-100 publishes it
@@ -281,9 +282,14 @@ def count(model, trained_only):
 
 def check_run(args, n_processes):
     """Weights, disk and memory -> a line for each. InputError for the first that will not do."""
+    if args.batch % (args.micro_batch * n_processes):
+        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} "
+                         f"x {n_processes} processes")
     for directory, wanted in (args.vit, "facebook/dinov2-large"), (args.llm, "meta-llama/Llama-3.1-8B"):
         recognise(directory, wanted)
     (encoder, vit_size), (decoder, llm_size) = sketch(args.vit), sketch(args.llm)
+    if args.image_size % (patch := getattr(encoder.config, "patch_size", 32)):
+        raise InputError(f"--image-size {args.image_size} is not a multiple of the ViT's patches, {patch}")
     Network = CapeLLM
     if args.answer == "token":  # trains all embeddings, too
         from paper.keypoint_token import KeypointLLM as Network
@@ -292,6 +298,7 @@ def check_run(args, n_processes):
         adapt(decoder, args.tune_llm, ("q_proj", "v_proj"))
         model = Network(encoder, decoder)
     check_tokenizer(args)
+    choose_parts(args, None, None, Chat)  # if there is such an --instruction
     return [f"{args.vit}: weights of {vit_size / 1e9:.2f} GB, whole",
             f"{args.llm}: weights of {llm_size / 1e9:.2f} GB, whole",
             check_disk(args, count(model, True)), check_memory(args, model, n_processes)]
@@ -302,9 +309,6 @@ def check_run(args, n_processes):
 
 def check_briefly(args, process):
     """What takes no time, at the start of a training. InputError if it will not do."""
-    if args.batch % (args.micro_batch * process.world):
-        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} "
-                         f"x {process.world} processes")
     if process.device.type == "cpu":
         say(f"no GPU seen: CPU, {args.dtype or 'fp32'}")
     check_run(args, process.world)
@@ -312,6 +316,8 @@ def check_briefly(args, process):
 
 def check_all(args):
     """Prints what there is and what is wrong, in one screen. Ends with exit code 2 if anything is."""
+    if not is_first():
+        return  # under torchrun one process looks for all
     problems = []
     try:
         categories = parse_descriptions(read_json(args.descriptions), args.descriptions)

@@ -53,12 +53,17 @@ def complete(parser, argv):
     split = f"split{args.split}"
     name = split if data == mp100 else os.path.basename(data) + f"-{split}" * (args.split > 1)
     args.out = args.out or f"runs/{f'pretrain-{args.pretrain}' if args.pretrain else name}"
-    if args.fresh and start and Path(start).absolute().parent == Path(args.out).absolute():
-        parser.error(f"--fresh would delete {start}, which the run starts from; choose another --out")
+    starts = args.fresh or not Path(args.out, "ckpt.pt").exists()
+    if starts and start and Path(start).absolute().parent == Path(args.out).absolute():
+        parser.error(f"this would delete {start}, which the run starts from; choose another --out")
+    if args.init and args.init_projection:
+        parser.error("give --init or --init-projection, not both")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed}: give a number below 2**32")
     return args
 
 
-def find_run(args, descriptions):
+def find_run(args, descriptions, n_steps):
     """-> the checkpoint that the run resumes from, None to start. InputError if it is of another run."""
     path = Path(args.out, "ckpt.pt")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same --fresh
@@ -69,6 +74,11 @@ def find_run(args, descriptions):
     changed = [f"--{key.replace('_', '-')} {old[key]}, not {value}" for key, value in vars(args).items()
                if key not in WITHOUT_EFFECT and old.get(key, value) != value]
     changed += ["other descriptions"] if checkpoint["descriptions"] != descriptions else []
+    if not changed and (old_steps := checkpoint.get("n_steps", n_steps)) != n_steps:
+        changed = [f"{old_steps} steps, not {n_steps}, on other data"]
+    if changed and args.fresh:
+        raise InputError(f"{path}: the first attempt with --fresh failed before it began; give the command "
+                         "again")
     if changed:
         raise InputError(f"{path} is of a run with {'; '.join(changed)}. Start anew with --fresh or "
                          "another --out")
@@ -94,13 +104,14 @@ def start_from(model, path, projection_alone):
     say(f"{path}: {len(taken)} of {len(own)} trained tensors start from there")
 
 
-def record(args, line, names, model, optimizer, **more):
-    """Adds a step's line to log.jsonl, and writes checkpoints of these names, which hold `more` as well."""
+def record(args, line, names, model, optimizer, descriptions, best, n_steps):
+    """Adds a step's line to log.jsonl, and writes checkpoints of these names."""
     with open(Path(args.out, "log.jsonl"), "a") as log:
         log.write(json.dumps(line) + "\n")
     for name in names:
         save(Path(args.out, name), args=vars(args), model=trainable_state(model),
-             optimizer=optimizer.state_dict(), step=line["step"], **more)
+             optimizer=optimizer.state_dict(), step=line["step"], n_steps=n_steps, best=best,
+             descriptions=descriptions)
     if names:
         draw_curve(args.out)
 

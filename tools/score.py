@@ -30,7 +30,7 @@ def choose_folder(args):
     """Makes the folder of the results: beside the checkpoint, but never among this repository's own files."""
     path, root = Path(args.checkpoint), Path(__file__).resolve().parents[1]
     folder, whole = path.parent, path.resolve().parent
-    if whole.is_relative_to(root) and not whole.is_relative_to(root / "runs"):
+    if whole.is_relative_to(root / "assets"):
         folder = Path("runs", whole.name)
     folder = folder / "best" if path.name == "best.pt" else folder
     folder = Path(args.out or (folder if args.subset == "test" else folder / args.subset))

@@ -80,8 +80,8 @@ def main(argv):
     add("--box-scale", nargs="+", type=float, default=[], metavar="X", help="sides of the box times this")
     add("--seed", type=natural, default=0, metavar="N", help="of the changes")
     own, others = parser.parse_known_args(argv)
-    if min(own.box_scale, default=1) <= 0:
-        parser.error("--box-scale: a factor must be above 0")
+    if not all(0 < factor < 100 for factor in own.box_scale):
+        parser.error("--box-scale: a factor must be above 0 and below 100")
     args = evaluate.parse_arguments(others)
     if args.score or args.out:
         parser.error("--score and --out are for evaluate.py; here --report takes all reports")
