@@ -165,7 +165,7 @@ def test_help_explains_every_option(program, monkeypatch, capsys):
 def test_whatever_goes_wrong_in_reading_is_one_line_that_names_the_file_and_keeps_the_cause():
     for error, says in [(KeyError("name"), "a.json: cannot be read (KeyError: 'name'); is it yours?"),
                         (RuntimeError("two\nlines"), "a.json: cannot be read (RuntimeError: two lines)"),
-                        (ValueError("no. In PyTorch 2.6, trust it"), "a.json: cannot be read (ValueError: no.)"),
+                        (ValueError("no. In PyTorch 2.6, do"), "a.json: cannot be read (ValueError: no.)"),
                         (FileNotFoundError(2, "", "b.json"), "b.json: no such file; is it yours?"),
                         (FileNotFoundError("c.json"), "a.json: cannot be read (FileNotFoundError: c.json)")]:
         with pytest.raises(InputError) as caught, reading("a.json", "is it yours?"):
