@@ -513,6 +513,7 @@ def test_yolos_points_without_visibility_and_names(tmp_path, capsys):
 def test_yolos_folders_and_what_lies_in_them(tmp_path, capsys):
     """Two folders of a subset, one that is not there, and caches and other tools' labels beside photos."""
     write_yolo(tmp_path)
+    (tmp_path / "train/images/a.jpg").rename(tmp_path / "train/images/a.png")  # after a.npy
     for folder in "images", "labels":
         shutil.copytree(tmp_path / "train" / folder, tmp_path / "more" / folder)
     for name in "a.json", "a.npy", "a.JSON":
