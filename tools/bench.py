@@ -50,18 +50,18 @@ def make_networks(size, device, dtype):
     torch.set_default_dtype(DTYPES[dtype])
     with torch.device(device):
         vit = ViT(ViTConfig(image_size=224, **SIZES[size][0]))
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(
             **vars(config), rope_parameters=config.rope, max_position_embeddings=131072))
     torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
         llama = Llama(config)
-    llama.load_state_dict({k.removeprefix("model."): w for k, w in theirs.state_dict().items()}, assign=True)
+    llama.load_state_dict({k.removeprefix("model."): w for k, w in base.state_dict().items()}, assign=True)
     adapt(vit, "lora", ("q", "v"))
     adapt(llama, "lora", ("q_proj", "v_proj"))
     peft.inject_adapter_in_model(peft.LoraConfig(
-        r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"]), theirs)
+        r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"]), base)
     ours = CapeLLM(vit, llama).to(device).eval()
-    theirs = Theirs(ours, theirs).eval()
+    theirs = Theirs(ours, base).eval()
     for p, shared in zip(trained(theirs), trained(ours), strict=True):
         p.data = shared.data
     for name, p in ours.named_parameters():
