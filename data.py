@@ -72,8 +72,8 @@ def read_instances(path, categories):
                     raise InputError(f"{path}: annotation {a['id']} has {len(points)} keypoints (numbers?). "
                                      f"Category {category.name} has {len(category.keypoints)} descriptions; "
                                      "they are in the file of --descriptions")
-                instances.append(Instance(a["id"], a["category_id"], photo["file_name"], box, points[:, :2],
-                                          points[:, 2] > 0))
+                instances.append(Instance(a["id"], a["category_id"], Path(photo["file_name"]).as_posix(), box,
+                                          points[:, :2], points[:, 2] > 0))
         if not instances:
             raise InputError(f"{path}: no object to use: all are crowds, empty, unlabelled or off the photo")
     return instances

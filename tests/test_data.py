@@ -143,7 +143,8 @@ def test_crowds_and_what_is_empty_or_outside_the_photo_are_left_out(tmp_path, ch
     (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 5 has 2 keypoints.* plate has 1 description"),
     (dict(category_id=7), "Category 7 has 0 descriptions"),
     *((dict(keypoints=[bad, 30, 1]), "annotation 5 .*numbers") for bad in (math.nan, math.inf, None)),
-    *((changes, "cannot be read") for changes in (dict(keypoints="1"), dict(bbox=[1, 2, 3]))),
+    *((changes, "cannot be read") for changes in (
+        dict(keypoints="1"), dict(bbox=[1, 2, 3]), dict(file_name=None))),
 ], ids=str)
 def test_an_annotation_that_does_not_fit_is_named_in_one_line(tmp_path, changes, says):
     with pytest.raises(InputError, match=rf"^[^\n]*a\.json: [^\n]*{says}[^\n]*$"):
