@@ -37,7 +37,8 @@ def start(folder, name, launcher):
                "--workers", "1", "--out", folder / name]
     with open(folder / f"{name}.txt", "a") as log:
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                env={**os.environ, "OMP_NUM_THREADS": "1",
+                                     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # see REPRODUCE.md
 
 
 def children_of(pid):
