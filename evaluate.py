@@ -4,7 +4,7 @@
     python evaluate.py --score predictions.json --split 1   only the metric, without network and photographs
 
 PCK@t is the share of an object's visible keypoints that are predicted closer than t times the longer side of
-its box, averaged over objects. mPCK is its mean over five. Letters: N objects, P of a batch, K keypoints.
+its box, averaged over objects; mPCK is its mean over five thresholds. Letters: N objects, K keypoints.
 """
 
 import random
@@ -101,7 +101,7 @@ def ask(model, chat, photos, questions, process, locate, batch, workers):
                         generator=torch.Generator())  # of its own: that of a training is left alone
     for items in tqdm(loader, disable=process.rank > 0, dynamic_ncols=True):
         indices, crops = zip(*items)
-        images = normalize(torch.stack(crops).to(process.device))  # (P, 3, size, size)
+        images = normalize(torch.stack(crops).to(process.device))  # (P, 3, size, size), P objects
         predictions = locate(model, images, [questions[instances[i].category_id] for i in indices], chat)
         for i, of_photo in zip(indices, predictions):
             to_photo = crop_of(instances[i]).to_photo

@@ -34,7 +34,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(network, names, **lora_args):
-    """Wraps a LoRALinear around each nn.Linear of these names, e.g. ("q", "v"). model.adapt() freezes."""
+    """Wraps a LoRALinear around each nn.Linear of these names ("q", "v"); model.adapt() freezes the rest."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if name in names and isinstance(child, nn.Linear):

@@ -290,15 +290,13 @@ def check_run(args, n_processes):
     (encoder, vit_size), (decoder, llm_size) = sketch(args.vit), sketch(args.llm)
     if args.image_size % (patch := getattr(encoder.config, "patch_size", 32)):
         raise InputError(f"--image-size {args.image_size} is not a multiple of the ViT's patches, {patch}")
-    Network = CapeLLM
-    if args.answer == "token":  # trains all embeddings, too
-        from paper.keypoint_token import KeypointLLM as Network
+    check_tokenizer(args)
+    # InputError if there is no such --instruction; the tokenizer need not be read again
+    _, Network, _ = choose_parts(args, None, CapeLLM, lambda *_: None)
     with torch.device("meta"):
         adapt(encoder, args.tune_vit, ("q", "v"))
         adapt(decoder, args.tune_llm, ("q_proj", "v_proj"))
         model = Network(encoder, decoder)
-    check_tokenizer(args)
-    choose_parts(args, None, None, Chat)  # if there is such an --instruction
     return [f"{args.vit}: weights of {vit_size / 1e9:.2f} GB, whole",
             f"{args.llm}: weights of {llm_size / 1e9:.2f} GB, whole",
             check_disk(args, count(model, True)), check_memory(args, model, n_processes)]

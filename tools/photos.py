@@ -104,6 +104,13 @@ def find_jobs(args, category, find_set, trained):
     return jobs
 
 
+def keep_out(out, files):
+    """InputError if one of the user's files lies in the folder of results, itself or what it is a link to."""
+    for file in (place for file in files for place in (file.absolute(), file.resolve())):
+        if file.parent.resolve() == out.resolve():
+            raise InputError(f"--out {out}: holds {file.name}, which could be overwritten; name another")
+
+
 def find_photos(paths, out=None):
     """Photos, patterns and folders -> photos. In folders, pictures that are in `out` or hidden are none."""
     photos = []

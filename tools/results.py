@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import InputError, make_folder, printable, write_json, write_whole
 from tools.draw import draw_points, save_picture
-from tools.photos import Job, check_box, open_photo
+from tools.photos import Job, check_box, keep_out, open_photo
 
 
 class Result(NamedTuple):
@@ -33,12 +33,9 @@ class Result(NamedTuple):
 def locate_jobs(jobs, args, load):
     """Asks about all Jobs and gives out what args, predict.py's, ask for. load: makes the Locator."""
     if args.out:
-        files = [file for job in jobs for file in (job.path.absolute(), job.path.resolve())]  # links, too
-        read = [Path(file).absolute() for file in (args.boxes, args.keypoints, args.descriptions) if file]
-        files += [file for file in read if file.name == "keypoints.json"]
-        if own := [file for file in files if file.parent.resolve() == args.out.resolve()]:
-            raise InputError(f"--out {args.out}: holds {own[0].name}, which could be overwritten; name "
-                             "another")
+        given = [Path(file) for file in (args.boxes, args.keypoints, args.descriptions) if file]
+        given = [file for file in given if file.name == "keypoints.json"]
+        keep_out(args.out, [*(job.path for job in jobs), *given])
         make_folder(args.out)
     locator, results, taken, n_failed = load(), [], set(), 0
     bar = tqdm(total=len(jobs), disable=len(jobs) == 1, dynamic_ncols=True)

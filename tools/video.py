@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common import InputError, make_folder, reading
 from tools.draw import PAPER, Mark, draw_marks, make_name, make_palette, write
-from tools.photos import check_box
+from tools.photos import check_box, keep_out
 from tools.results import round_off
 
 
@@ -43,8 +43,7 @@ def open_film(args):
                          "the frames as photos")
     if not args.out or args.format != "plain":
         raise InputError(f"{path}: a film needs --out DIR; --format is for photos")
-    if args.out.resolve() in (path.absolute().parent.resolve(), path.resolve().parent):
-        raise InputError(f"--out {args.out}: holds {path.name}, which could be overwritten; name another")
+    keep_out(args.out, [path])
     make_folder(args.out)
     wanted = "stream=avg_frame_rate,nb_frames:format=duration"
     with reading(path), start(path, "ffprobe", "-select_streams", "v:0", "-show_entries", wanted,
